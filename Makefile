@@ -1,0 +1,69 @@
+# Type `make help`. Everything runs from a .venv that the first command fills from requirements.lock.
+EXPERIMENT ?= untuned_warmup_quick
+DEVICE     ?= auto
+WORKERS    ?=
+STORE      ?= runs
+PYTHON     ?= python3
+
+BIN    := .venv/bin
+READY  := .venv/ready
+SWEEP   = $(BIN)/python -m runners.sweep
+PLACE   = --device $(DEVICE) --store $(STORE) $(if $(WORKERS),--workers $(WORKERS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep plan status figures restore test lint format lock clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  EXPERIMENT=$(EXPERIMENT)   one of: $(basename $(notdir $(wildcard conf/experiment/*.yaml)))"
+	@echo "  WORKERS=<processes>  DEVICE=auto|cpu|cuda  STORE=<folder of the runs>"
+
+setup: $(READY)  ## make the .venv (done by every other command on first use)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name one with PYTHON=...")'
+	@echo "setting up .venv (some minutes on a slow connection: torch is large)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -oE '^uv==[0-9.]+' requirements.lock)"
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+sweep: $(READY)  ## train what EXPERIMENT lacks, then tables, figures and verdicts
+	@$(SWEEP) run $(EXPERIMENT) $(PLACE)
+	@$(BIN)/python -m analysis.run_notebooks --experiment $(EXPERIMENT)
+	@$(BIN)/python -m analysis.report $(EXPERIMENT)
+
+plan: $(READY)  ## what a sweep of EXPERIMENT would do, and how long it would take
+	@$(SWEEP) plan $(EXPERIMENT) $(PLACE)
+
+status: $(READY)  ## how far EXPERIMENT is
+	@$(SWEEP) status $(EXPERIMENT) $(PLACE)
+
+figures: $(READY)  ## redraw every figure from the committed tables (trains nothing)
+	@$(BIN)/python -m analysis.run_notebooks
+
+restore: $(READY)  ## put the committed runs of EXPERIMENT into the store, to go on from them
+	@$(SWEEP) restore $(EXPERIMENT) --store $(STORE)
+
+test: $(READY)  ## the tests, a miniature sweep end to end among them
+	@$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff, mypy and the one-way imports between the packages
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(READY)  ## let ruff lay out the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: $(READY)  ## renew requirements.lock from pyproject.toml
+	@$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --all-extras --universal --generate-hashes \
+		--python-version 3.11 --no-emit-index-url --no-annotate --no-header --output-file requirements.lock
+
+clean:  ## remove caches and the .venv; runs and results stay
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build outputs multirun
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,398 @@
+"""The engine: a torch.optim.Optimizer that runs any rule.
+
+theta <- theta - lr * warmup(t) * decay(t) * direction, with one named mode of weight decay. Everything that
+concerns parameters as a set is here: param groups, clipping, closures, state_dict, how a rule is executed.
+"""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+import numbers
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from optimizers.decays import Decay
+from optimizers.rule import HALF, WEIGHT_DECAY_MODES, Rule, Scalars, State, WeightDecayMode, describe
+from optimizers.warmups import Warmup
+
+Execution = Literal["eager", "flat", "compiled"]
+
+# Coefficients are computed for this many steps at a time: a table a chunk, not a tensor a step.
+CHUNK = 1024
+
+
+class Engine(torch.optim.Optimizer):
+    """A rule as an ordinary torch optimizer; ``optimizers.RAdam`` and the others are subclasses of it.
+
+    Args:
+        params: parameters or param groups; a group may set lr, weight_decay, weight_decay_mode and every
+            hyper-parameter of the rule.
+        lr: learning rate alpha. Torch's LR schedulers work as usual on top of ``warmup`` and ``decay``. A
+            tensor is read at every step, which on a GPU waits for the device.
+        weight_decay: strength of the decay, used as ``weight_decay_mode`` says:
+            coupled     g <- g + weight_decay * theta (L2 regularisation)
+            decoupled   theta <- (1 - lr_t * weight_decay) theta, before the step (AdamW)
+            proximal    theta <- theta / (1 + lr_t * weight_decay), after the step (Adan)
+            none        no decay, whatever the strength
+        weight_decay_mode: None takes the mode of the rule's authors.
+        clip_norm: gradients are scaled so that their global norm is at most this (as
+            torch.nn.utils.clip_grad_norm_: in place, before anything else).
+        warmup, decay: schedules, functions of the number of ``step()`` calls.
+        steps: the budget of the run, which most decays need.
+        execution: ``eager``: tensor by tensor; ``flat``: all tensors of a group copied into one, updated and
+            copied back, which is fastest where there are many small ones; ``compiled``: as flat, through
+            torch.compile. They agree up to rounding. A rule that is not elementwise is never flattened.
+        hyper: hyper-parameters of the rule; ``betas=(.9, .999)`` is understood as ``beta1=.9, beta2=.999``.
+
+    Raises:
+        ValueError: on any bad or unknown hyper-parameter, and for a warmup on a rule that has its own.
+
+    The scalars of a step follow each parameter's own number of updates, as in torch, so a parameter that
+    joins late has its own bias correction; warmup and decay follow the group's. State keeps its own dtype
+    when a ``state_dict`` is loaded (torch casts it to the parameter's). The step of a parameter of half
+    precision is computed in float32 and rounded once (torch rounds after the decay and again after the step).
+
+    ``state_dict`` holds the param groups and the state; warmup, decay, steps, clip_norm and execution are the
+    constructor's. Sparse gradients and complex parameters are refused; torch's ``maximize``, ``foreach``,
+    ``fused``, ``capturable`` and ``differentiable`` do not exist here.
+    """
+
+    rule_type: ClassVar[type[Rule]]
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        weight_decay_mode: WeightDecayMode | None = None,
+        clip_norm: float | None = None,
+        warmup: Warmup | None = None,
+        decay: Decay | None = None,
+        steps: int | None = None,
+        execution: Execution = "eager",
+        **hyper: Any,
+    ) -> None:
+        if clip_norm is not None and not (isinstance(clip_norm, numbers.Real) and float(clip_norm) > 0):
+            raise ValueError(f"clip_norm must be a number > 0, got {clip_norm!r}")
+        if execution not in get_args(Execution):
+            raise ValueError(f"execution must be one of {', '.join(get_args(Execution))}, got {execution!r}")
+        if not isinstance(warmup, Warmup | None):
+            raise ValueError(f"warmup must be one of optimizers.warmups, got {warmup!r}")
+        if not isinstance(decay, Decay | None):
+            raise ValueError(f"decay must be one of optimizers.decays, got {decay!r}")
+        if decay is not None and type(decay) is not Decay and steps is None:
+            raise ValueError("a decay needs the budget: give steps=")
+        if steps is not None and not (isinstance(steps, int) and steps >= 1):
+            raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
+        self.warmup, self.decay, self.steps = warmup or Warmup(), decay or Decay(), steps
+        self.clip_norm, self.execution = clip_norm, execution
+        self._rules: dict[int, tuple[dict[str, Any], Rule]] = {}
+        self._flat: dict[tuple[int, ...], tuple[State, dict[str, list[Tensor]]]] = {}
+        rule = self._make_rule(_without_betas(hyper))
+        mode = weight_decay_mode or rule.weight_decay_mode
+        defaults = {"lr": lr, "weight_decay": weight_decay, "weight_decay_mode": mode, "step": 0}
+        super().__init__(params, {**defaults, **_plain(rule)})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; an unknown option, or a bad value, raises ValueError."""
+        group = _without_betas(param_group)
+        # torch's schedulers ask for initial_lr in a group when they resume.
+        unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr"}
+        if unknown:
+            known = ", ".join(k for k in self.defaults if k != "step")
+            raise ValueError(f"unknown option {sorted(unknown)[0]!r} in a param group; there are: {known}")
+        options = {**self.defaults, **group}
+        for name in ("lr", "weight_decay"):
+            value = options[name].item() if isinstance(options[name], Tensor) else options[name]
+            if not (isinstance(value, numbers.Real) and 0 <= float(value) < math.inf):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if options["weight_decay_mode"] not in WEIGHT_DECAY_MODES:
+            modes = ", ".join(WEIGHT_DECAY_MODES)
+            given = options["weight_decay_mode"]
+            raise ValueError(f"weight_decay_mode must be one of {modes}, got {given!r}")
+        rule = self._make_rule(self._hyper(options))
+        if rule.own_warmup and type(self.warmup) is not Warmup:
+            raise ValueError(f"{type(rule).__name__} has its own warmup: use it with no other")
+        self.warmup.factor(torch.ones(1, dtype=torch.float64), rule.second_moment_beta)
+        # As plain values, so that a state_dict holds nothing that torch.load refuses.
+        super().add_param_group({**group, **_plain(rule)})
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {f.name: group[f.name] for f in dataclasses.fields(self.rule_type)}
+
+    def _make_rule(self, hyper: dict[str, Any]) -> Rule:
+        try:
+            return self.rule_type(**hyper)
+        except ValidationError as error:
+            # Pydantic's report has four lines a mistake; a user of torch expects one.
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            problem = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "unexpected_keyword_argument":
+                known = ", ".join(f.name for f in dataclasses.fields(self.rule_type))
+                problem = f"unknown option {where!r}; there are: {known}"
+            elif where:
+                problem = f"{where}: {problem}, got {first['input']!r}"
+            raise ValueError(f"{self.rule_type.__name__}: {problem}") from None
+
+    def _rule(self, index: int) -> Rule:
+        """The rule of a group; made anew when a hyper-parameter in the group was changed."""
+        group = self.param_groups[index]
+        cached = self._rules.get(index)
+        values = self._hyper(group)
+        if cached is None or cached[0] != values:
+            cached = self._rules[index] = (copy.deepcopy(values), self._make_rule(values))
+        return cached[1]
+
+    def schedule(self, t: int, beta2: float | None) -> float:
+        """warmup(t) * decay(t) for a rule with that beta2."""
+        chunk, offset = divmod(t - 1, CHUNK)
+        return _factors(self.warmup, self.decay, self.steps, beta2, chunk)[offset]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. A closure re-evaluates the model and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with_grad = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        everything = list(itertools.chain.from_iterable(with_grad))
+        if not everything:
+            warnings.warn(
+                "no parameter of this optimizer has a gradient: nothing is updated. If the model's "
+                "parameters were replaced, as load_state_dict(assign=True) does, make the optimizer again "
+                "and load its state_dict.",
+                stacklevel=2,
+            )
+            return loss
+        if any(p.grad.is_sparse or p.is_complex() for p in everything):
+            raise ValueError("sparse gradients (use sparse=False) and complex parameters are not supported")
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(everything, self.clip_norm)
+        for index, params in enumerate(with_grad):
+            group, rule = self.param_groups[index], self._rule(index)
+            group["step"] += 1
+            lr = float(group["lr"]) * self.schedule(group["step"], rule.second_moment_beta)
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, **rule.init(p))
+                state["step"] += 1
+            params.sort(key=lambda p: self.state[p]["step"])
+            for t, same in itertools.groupby(params, key=lambda p: self.state[p]["step"]):
+                self._advance(rule, group, list(same), _coefficients(rule, t), lr)
+        return loss
+
+    def _advance(
+        self, rule: Rule, group: dict[str, Any], params: list[Tensor], c: dict[str, float], lr: float
+    ) -> None:
+        mode, decay = group["weight_decay_mode"], group["weight_decay"]
+        mode = "none" if decay == 0 else mode
+        if self.execution == "eager" or not rule.elementwise:
+            states = [{k: v for k, v in self.state[p].items() if k != "step"} for p in params]
+            self._update(rule, mode, params, [p.grad for p in params], states, c, lr, decay)
+            return
+        alike: dict[Any, list[Tensor]] = {}
+        for p in params:
+            alike.setdefault((p.dtype, p.device), []).append(p)
+        for same in alike.values():
+            # Copies in and out: the parameters and gradients themselves stay where the user has them.
+            flat = _flatten_dense_tensors(same)
+            grad = _flatten_dense_tensors([p.grad for p in same])
+            self._update(rule, mode, [flat], [grad], [self._flat_state(same)], c, lr, decay)
+            torch._foreach_copy_(same, _unflatten_dense_tensors(flat, same))
+
+    def _update(
+        self,
+        rule: Rule,
+        mode: WeightDecayMode,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        c: dict[str, float],
+        lr: float,
+        decay: float,
+    ) -> None:
+        if self.execution == "compiled":
+            # 0-d tensors, so that a new value is not a new program; on the CPU, which every kernel can read.
+            scalars = {k: torch.tensor(v, dtype=torch.float64) for k, v in c.items()}
+            rates = torch.tensor([lr, decay], dtype=torch.float64)
+            _compiled(rule, mode, tuple(p.shape for p in params))(
+                rule, mode, params, grads, states, scalars, rates[0], rates[1]
+            )
+        else:
+            _run(rule, mode, params, grads, states, c, lr, decay)
+        for p, state in zip(params, states, strict=True):
+            rule.after_step(p, state, c)
+
+    def _flat_state(self, params: list[Tensor]) -> State:
+        """The state of several parameters as flat tensors, of which ``self.state`` holds views.
+
+        Made anew whenever ``self.state`` no longer holds these very views (a state_dict was loaded, say).
+        """
+        key = tuple(id(p) for p in params)
+        states = [self.state[p] for p in params]
+        names = [name for name in states[0] if name != "step"]
+        flat, views = self._flat.get(key, ({}, {}))
+        if not flat or any(s[n] is not v for n in names for s, v in zip(states, views[n], strict=True)):
+            flat = {n: _flatten_dense_tensors([s[n] for s in states]) for n in names}
+            views = {n: list(_unflatten_dense_tensors(flat[n], params)) for n in names}
+            for n in names:
+                for s, view in zip(states, views[n], strict=True):
+                    s[n] = view
+            stale = [other for other in self._flat if set(other) & set(key)]
+            for other in stale:
+                del self._flat[other]
+            self._flat[key] = (flat, views)
+        return flat
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Within this context the parameters hold the weights to evaluate (Lookahead's slow weights, an
+        average); afterwards they are again what they were, to the bit."""
+        saved: list[tuple[Tensor, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for index, group in enumerate(self.param_groups):
+                    rule = self._rule(index)
+                    for p in group["params"]:
+                        weights = rule.evaluation(p, self.state[p]) if p in self.state else None
+                        if weights is not None:
+                            saved.append((p, p.clone()))
+                            p.copy_(weights)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in saved:
+                    p.copy_(value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every state tensor keeps the dtype it was saved with.
+
+        Raises:
+            ValueError: for the state_dict of another optimizer, or of other parameters.
+        """
+        for group in state_dict["param_groups"]:
+            if missing := sorted(set(self.defaults) - set(group)):
+                name = type(self).__name__
+                raise ValueError(f"this is not the state_dict of {name}: a param group has no {missing[0]!r}")
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        for key, p in zip(ids, params, strict=True):
+            for name, value in saved.get(key, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.detach().to(device=p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps defaults, state and param_groups only; a copy must keep its schedule too.
+        own = ("warmup", "decay", "steps", "clip_norm", "execution")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch puts it there; here it would be an option of groups
+        self._rules, self._flat = {}, {}
+
+
+def engine_of(rule_type: type[Rule]) -> type[Engine]:
+    """The optimizer class that runs a rule, with the rule's name and documentation."""
+    doc = f"{rule_type.__doc__}\n\n    Arguments beside the hyper-parameters: see Engine.\n    "
+    body = {"rule_type": rule_type, "__doc__": doc, "__module__": "optimizers"}
+    return type(rule_type.__name__, (Engine,), body)
+
+
+def _plain(rule: Rule) -> dict[str, Any]:
+    """A rule's hyper-parameters as plain values."""
+    return {k: v for k, v in describe(rule).items() if k != "name"}
+
+
+# Rules, warmups and decays are values, so that equal ones share their tables, across engines too. The caches
+# are bounded: a run needs one entry of each a param group, parameters that joined late a few more.
+@functools.lru_cache(maxsize=32)
+def _table(rule: Rule, chunk: int) -> list[dict[str, float]]:
+    columns = {k: v.tolist() for k, v in rule.coefficients(_steps_of(chunk)).items()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return rows or [{}] * CHUNK
+
+
+def _coefficients(rule: Rule, t: int) -> dict[str, float]:
+    chunk, offset = divmod(t - 1, CHUNK)
+    return _table(rule, chunk)[offset]
+
+
+@functools.lru_cache(maxsize=32)
+def _factors(warmup: Warmup, decay: Decay, steps: int | None, beta2: float | None, chunk: int) -> list[float]:
+    t = _steps_of(chunk)
+    factor = warmup.factor(t, beta2)
+    return (factor if steps is None else factor * decay.factor(t, steps)).tolist()
+
+
+def _steps_of(chunk: int) -> Tensor:
+    return torch.arange(chunk * CHUNK + 1, (chunk + 1) * CHUNK + 1, dtype=torch.float64)
+
+
+def _without_betas(values: dict[str, Any]) -> dict[str, Any]:
+    """``betas=(a, b)`` as ``beta1=a, beta2=b``, for those who come from torch."""
+    values = dict(values)
+    for i, beta in enumerate(values.pop("betas", ()), start=1):
+        values[f"beta{i}"] = beta
+    return values
+
+
+def _run(
+    rule: Rule,
+    mode: WeightDecayMode,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    c: Scalars,
+    lr: Any,
+    decay: Any,
+) -> None:
+    """One step of one rule over tensors of the same step number, in place."""
+    lr = lr * c.get("lr", 1.0)
+    for p, g, state in zip(params, grads, states, strict=True):
+        x = p.float() if p.dtype in HALF else p
+        g = g.to(x.dtype)
+        if mode == "coupled":
+            g = g + x * decay
+        elif mode == "decoupled":
+            x.mul_(1 - lr * decay)
+        direction = rule.update(x, g, state, c)
+        if isinstance(lr, Tensor):
+            x.sub_(direction * lr)
+        else:
+            x.add_(direction, alpha=-lr)
+        if mode == "proximal":
+            x.div_(1 + lr * decay)
+        if x is not p:
+            p.copy_(x)
+
+
+# The backend of torch.compile in compiled execution.
+BACKEND = "inductor"
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(rule: Rule, mode: WeightDecayMode, shapes: tuple[torch.Size, ...]) -> Callable[..., None]:
+    """The step as one compiled function for a rule, a mode and the shapes of a model.
+
+    Each has its own copy of the code: torch keeps 8 programs of one piece of code and then gives up, and a
+    worker of a sweep meets more rules and models than that.
+    """
+    own = types.FunctionType(_run.__code__.replace(), _run.__globals__, _run.__name__)
+    return torch.compile(own, dynamic=False, fullgraph=True, backend=BACKEND)

@@ -1,0 +1,306 @@
+"""A run as a value: composed by Hydra, checked, normalised and given an id.
+
+Everything that can change a run's result is a field of ``Run``; its id hashes these typed values. Mistakes of
+a user end here, as a ``UserError`` of one clear line, before anything is trained.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from optimizers import decays, rule, warmups
+from optimizers.engine import Execution
+from optimizers.rule import NonNegative, Positive, Rule, WeightDecayMode
+from tasks.task import Task
+from tasks.task import available as tasks_available
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+
+class UserError(Exception):
+    """A mistake in a config, on the command line or of the machine, told in one line."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Probes:
+    """What is measured beside loss, lr and warmup factor, and at which steps (counted from 1).
+
+    Each is ``default`` (the first 100 steps, then every 20th, and the last), or a list of steps, or [] for none.
+
+    Attributes:
+        norms: global gradient norm (before clipping) and root mean square of the parameters' change.
+        update_quantiles: quantiles of |change of a parameter| / lr over all coordinates, lr the peak rate.
+        gradient_histogram: histogram of log10 |gradient| over all coordinates.
+    """
+
+    norms: Literal["default"] | tuple[Annotated[int, Field(ge=1)], ...] = "default"
+    update_quantiles: Literal["default"] | tuple[Annotated[int, Field(ge=1)], ...] = ()
+    gradient_histogram: Literal["default"] | tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+    def steps(self, name: str, total: int) -> frozenset[int]:
+        """The steps in 1..total at which a probe measures."""
+        listed = getattr(self, name)
+        if listed == "default":
+            return frozenset(range(1, min(100, total) + 1)) | frozenset(range(20, total + 1, 20)) | {total}
+        return frozenset(t for t in listed if t <= total)
+
+    def covers(self, wanted: "Probes", total: int) -> bool:
+        """Whether every measurement that ``wanted`` asks for is among these."""
+        names = [f.name for f in dataclasses.fields(Probes)]
+        return all(wanted.steps(name, total) <= self.steps(name, total) for name in names)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class Run:
+    """One training run. Fields up to ``execution`` are its science; ``probes`` only says what is recorded.
+
+    Attributes:
+        lr: peak learning rate; the rate of step t is lr * warmup(t) * decay(t).
+        weight_decay_mode: None is the mode of the rule's authors (see optimizers.engine).
+        weight_decay_on: all parameters, or matrices only (no biases, no norm layers: fewer than 2 dimensions).
+        clip_norm: largest global gradient norm, None for no clipping.
+        steps: budget in optimizer steps.
+        precision: float32, or bfloat16 by autocast (parameters and optimizer state stay float32).
+        execution: how the optimizer's step is run, see optimizers.engine.
+    """
+
+    optimizer: Rule
+    warmup: warmups.Warmup
+    decay: decays.Decay
+    task: Task
+    lr: Positive
+    seed: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=1)]
+    weight_decay: NonNegative = 0.0
+    weight_decay_mode: WeightDecayMode | None = None
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    clip_norm: Positive | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    execution: Execution = "flat"
+    probes: Probes = Probes()
+
+    def __post_init__(self) -> None:
+        if self.optimizer.own_warmup and type(self.warmup) is not warmups.Warmup:
+            raise ValueError(
+                f"{name_of(self.optimizer)} has its own warmup, so warmup must be none, not {name_of(self.warmup)}"
+            )
+        self.warmup.factor(torch.ones(1, dtype=torch.float64), self.optimizer.second_moment_beta)
+
+    @functools.cached_property
+    def science(self) -> dict[str, Any]:
+        """All that decides the result, as plain typed values; the data's fingerprint apart."""
+        mode = self.weight_decay_mode or self.optimizer.weight_decay_mode
+        return {
+            "optimizer": plain(self.optimizer),
+            "warmup": plain(self.warmup),
+            "decay": plain(self.decay),
+            "task": plain(self.task),
+            "lr": self.lr,
+            "seed": self.seed,
+            "steps": self.steps,
+            "weight_decay": self.weight_decay,
+            # Without decay its mode changes nothing.
+            "weight_decay_mode": mode if self.weight_decay else "none",
+            "weight_decay_on": self.weight_decay_on if self.weight_decay else "all",
+            "clip_norm": self.clip_norm,
+            "precision": self.precision,
+            "execution": self.execution,
+        }
+
+    def id(self, fingerprint: str) -> str:
+        """16 hex digits: the hash of the science and of the data's fingerprint."""
+        text = json.dumps({**self.science, "data": fingerprint}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def replace(self, **changes: Any) -> "Run":
+        """The same run with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def name_of(thing: Rule | warmups.Warmup | decays.Decay | Task) -> str:
+    """The name by which YAML knows an optimizer, warmup, decay or task."""
+    if isinstance(thing, Rule):
+        return type(thing).__name__.lower()
+    if isinstance(thing, Task):
+        return type(thing).__module__.rpartition(".")[2]
+    table: dict[str, type] = {**warmups.WARMUPS} if isinstance(thing, warmups.Warmup) else {**decays.DECAYS}
+    return next(name for name, kind in table.items() if kind is type(thing))
+
+
+def plain(thing: Rule | warmups.Warmup | decays.Decay | Task) -> dict[str, Any]:
+    """Name, fields and revision of an optimizer, warmup, decay or task as plain JSON values."""
+    values: dict[str, Any] = {"name": name_of(thing)}
+    for field in dataclasses.fields(thing):
+        value = getattr(thing, field.name)
+        values[field.name] = plain(value) if isinstance(value, Rule) else value
+    if isinstance(thing, Rule | Task):
+        values["revision"] = thing.revision
+    return json.loads(json.dumps(values))
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Place:
+    """Where and how a run is carried out: nothing here changes its result, so nothing here is in its id.
+
+    Attributes:
+        device: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.
+        store: folder of the run directories.
+        data_root: folder of local data sets; None looks at the environment variable UNTUNED_DATA.
+        checkpoint_every: steps between checkpoints; 0 for none (runs of seconds).
+        logger: none or wandb.
+    """
+
+    device: str = "auto"
+    store: str = "runs"
+    data_root: str | None = None
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    logger: Literal["none", "wandb"] = "none"
+
+    def torch_device(self) -> torch.device:
+        """The device, which must be there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {self.device!r} is not there: {first_line(error)}") from None
+        return device
+
+    @property
+    def data(self) -> str | None:
+        """The data root in force."""
+        return self.data_root or os.environ.get("UNTUNED_DATA") or None
+
+
+def compose_run(overrides: Sequence[str], where: str = "") -> tuple[Run, Place]:
+    """The run and its place that ``conf/run.yaml`` and the overrides describe.
+
+    Raises:
+        UserError: for any mistake, in one line that names the key and the nearest valid one.
+    """
+    prefix = f"{where}: " if where else ""
+    try:
+        config = _compose(list(overrides))
+        return from_config(config)
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
+
+
+def from_config(config: DictConfig) -> tuple[Run, Place]:
+    """As ``compose_run``, from a config that Hydra has composed."""
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(first_line(error)) from None
+    assert isinstance(values, dict)
+    settings: dict[str, Any] = {str(k): v for k, v in values.items()}
+    place_names = [f.name for f in dataclasses.fields(Place)]
+    place = build(Place, {k: settings.pop(k) for k in place_names if k in settings}, "")
+    settings["optimizer"] = _named(settings, "optimizer", rule.available())
+    settings["warmup"] = _named(settings, "warmup", warmups.WARMUPS)
+    settings["decay"] = _named(settings, "decay", decays.DECAYS)
+    settings["task"] = _named(settings, "task", tasks_available())
+    settings["probes"] = build(Probes, settings.get("probes") or {}, "probes")
+    if settings.get("steps") is None:
+        settings["steps"] = settings["task"].steps
+    return build(Run, settings, ""), place
+
+
+def _named(settings: dict[str, Any], key: str, table: Any) -> Any:
+    """The object that ``{name: ..., fields}`` under a key describes."""
+    values = dict(settings[key])
+    name = values.pop("name", None)
+    if name not in table:
+        raise UserError(f"{key}.name: {name!r} is not known{nearest(str(name), table)}")
+    inner = values.get("inner")
+    if key == "optimizer" and isinstance(inner, dict):
+        values["inner"] = _named({"optimizer": inner}, "optimizer", table)
+    return build(table[name], values, f"{key} ({name})")
+
+
+def build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    """Construct a checked dataclass from a mapping; a mistake becomes a UserError that names the key."""
+    prefix = f"{where}: " if where else ""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{prefix}unknown key {key!r}{nearest(str(key), known)}")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        given = f" (got {first['input']!r})" if first["loc"] and first["type"] != "missing" else ""
+        raise UserError(f"{prefix}{path + ': ' if path else ''}{message}{given}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{prefix}{first_line(error)}") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error line: the nearest known word, else all of them."""
+    words = [str(k) for k in known]
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(words))}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return compose("run", overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_explain(overrides, error)) from None
+
+
+def _explain(overrides: list[str], error: Exception) -> str:
+    """Which override is wrong, with the nearest valid word. Hydra's own message says neither in one line."""
+    fitting: list[str] = []
+    for text in overrides:
+        try:
+            compose("run", overrides=[*fitting, text])
+            fitting.append(text)
+        except (HydraException, OmegaConfBaseException) as one:
+            try:
+                key = OverridesParser.create().parse_override(text).key_or_group
+            except HydraException:
+                return f"{text!r} is not of the form key=value"
+            group = key.partition("@")[0]
+            options = [path.stem for path in (CONF / group).glob("*.yaml")]
+            value = text.partition("=")[2]
+            if options and value not in options:
+                return f"{key}: {value!r} is not known{nearest(value, options)}"
+            node: Any = compose("run", overrides=fitting)
+            *parents, last = key.lstrip("+~").split(".")
+            for i, part in enumerate(parents):
+                if not isinstance(node, DictConfig) or part not in node:
+                    last, parents = part, parents[:i]
+                    break
+                node = node[part]
+            if isinstance(node, DictConfig) and last not in node:
+                path = ".".join([*parents, last])
+                return f"unknown key {path!r}{nearest(last, [str(k) for k in node])}"
+            return f"{text!r}: {first_line(one)}"
+    return first_line(error)

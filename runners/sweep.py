@@ -1,0 +1,366 @@
+"""Sweeps: ``python -m runners.sweep run untuned_warmup_quick``.
+
+A sweep trains what an experiment lacks, however often it is started, stopped or started twice at once; then it
+writes the experiment's tables. ``plan`` says what it would do, ``status`` how far it is, ``restore`` puts
+committed tables back into the store.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from runners import experiment as experiments
+from runners.collect import collect, restore
+from runners.config import ROOT, Place, Probes, Run, UserError
+from runners.experiment import Cell, Design
+from runners.store import FINISHED, Damaged, Store
+from runners.train import make_optimizer, prepare
+from runners.worker import Event, Job, Pool
+
+TRIES = 2
+"""How often a sweep starts a run whose worker process was killed."""
+
+
+class Sweep:
+    """An experiment over a store: which runs it needs, which are there, and training the rest."""
+
+    def __init__(self, design: Design, store: Store, place: Place, console: Console) -> None:
+        self.design, self.store, self.place, self.console = design, store, place, console
+        self.device = place.torch_device()
+        self.fingerprints: dict[str, str] = {}
+        for (_, task), run in design.base.items():
+            if task not in self.fingerprints:
+                prepare(run.task, place)
+                self.fingerprints[task] = run.task.fingerprint()
+        self._summaries: dict[str, dict[str, Any]] = {}
+        self._ids: dict[tuple[str, str, float, int], str] = {}
+
+    def run_id(self, cell: Cell) -> str:
+        """The id of a cell's run (hashed once)."""
+        key = (cell.arm, cell.task, cell.lr, cell.seed)
+        if key not in self._ids:
+            self._ids[key] = cell.run.id(self.fingerprints[cell.task])
+        return self._ids[key]
+
+    def summary(self, run_id: str, run: Run) -> dict[str, Any] | None:
+        """The summary of a finished run that recorded all that is asked for; a damaged one is set aside."""
+        if run_id not in self._summaries:
+            try:
+                found = self.store.summary(run_id)
+            except Damaged as damaged:
+                aside = self.store.set_aside(run_id)
+                self.console.print(f"{damaged} cannot be read: set aside as {aside}, the run is made again")
+                return None
+            if found is None or found["status"] not in FINISHED:
+                return None
+            if not Probes(**found["probes"]).covers(run.probes, run.steps):
+                return None
+            self._summaries[run_id] = found
+        return self._summaries[run_id]
+
+    def cells(self) -> list[tuple[Cell, str]]:
+        """Every cell that is determined so far, with its run's id."""
+        # A run's id needs its task's name in the experiment; the design hands over runs, so ask by its cells.
+        names = {id(run.task): task for (_, task), run in self.design.base.items()}
+
+        def lookup(run: Run) -> dict[str, Any] | None:
+            return self.summary(run.id(self.fingerprints[names[id(run.task)]]), run)
+
+        return [(cell, self.run_id(cell)) for cell in self.design.cells(lookup)]
+
+    def missing(self) -> dict[str, Cell]:
+        """The determined runs that have no result, by id."""
+        return {run_id: cell for cell, run_id in self.cells() if self.summary(run_id, cell.run) is None}
+
+    def seconds_a_run(self) -> dict[str, float]:
+        """Training seconds of one run of each task: from the store's results, else by timing a few steps."""
+        seconds: dict[str, float] = {}
+        for task in self.design.experiment.tasks:
+            run = next(r for (_, t), r in self.design.base.items() if t == task)
+            known = [
+                s["seconds"]["train"] + s["seconds"]["evaluate"]
+                for cell, run_id in self.cells()
+                if cell.task == task and (s := self._summaries.get(run_id)) is not None
+                if s["status"] == "done" and s["seconds"]["from_step"] == 0
+                and s["environment"]["device"] == self.device.type
+            ]  # fmt: skip
+            seconds[task] = sum(known) / len(known) if known else time_steps(run) * run.steps
+        return seconds
+
+    def train(self, workers: int) -> dict[str, int]:
+        """Train all that is missing; the counts of how the runs ended. Raises KeyboardInterrupt when stopped."""
+        counts = dict.fromkeys(("done", "diverged", "error"), 0)
+        gave_up: set[str] = set()  # errors, and runs whose workers keep dying: not again in this sweep
+        deaths: dict[str, int] = {}
+        elsewhere: dict[str, Cell] = {}
+        pending: list[tuple[str, Cell]] = []
+        with Pool(self.place, workers) as pool, Display(self.console, self.design, workers) as display:
+            replan = True
+            while True:
+                if replan or (pool.idle and not pending):
+                    flying = {job.run_id for job in pool.busy}
+                    missing = self.missing()
+                    elsewhere = {k: c for k, c in elsewhere.items() if k in missing and self.store.claimed(k)}
+                    pending = [
+                        (k, c) for k, c in missing.items() if k not in flying | gave_up | elsewhere.keys()
+                    ]
+                    display.expect(len(missing) - len(gave_up & missing.keys()), self._later(missing), counts)
+                    replan = False
+                while pool.idle and pending:
+                    run_id, cell = pending.pop(0)
+                    pool.start(Job(run_id, cell.run))
+                if not pool.busy and not pending:
+                    if not elsewhere:
+                        return counts
+                    display.say(f"waiting for {len(elsewhere)} runs that another sweep is at")
+                    time.sleep(2)
+                for event in pool.events(timeout=1.0):
+                    run_id = event.job.run_id
+                    if event.kind == "step":
+                        display.step(run_id, event.step)
+                        continue
+                    display.ended(run_id)
+                    replan = True
+                    if event.kind in counts:
+                        counts[event.kind] += 1
+                    if event.kind == "failed":
+                        raise UserError(event.text)
+                    if event.kind == "elsewhere":
+                        elsewhere[run_id] = next(c for c, k in self.cells() if k == run_id)
+                    elif event.kind == "died":
+                        deaths[run_id] = deaths.get(run_id, 0) + 1
+                        display.say(f"{run_id}: {event.text}" + ("; again" if deaths[run_id] < TRIES else ""))
+                        if deaths[run_id] >= TRIES:
+                            gave_up.add(run_id)
+                            counts["error"] += 1
+                            self.store.record_error(run_id, event.text, event.job.run.science)
+                    elif event.kind == "error":
+                        gave_up.add(run_id)
+                        display.say(f"{run_id}: {event.text}")
+                display.tick()
+
+    def _later(self, missing: dict[str, Cell]) -> int:
+        """Runs of stages that are not determined yet."""
+        seen = {(cell.task, cell.stage) for cell, _ in self.cells()}
+        return sum(
+            count
+            for task, stages in self.design.size().items()
+            if any((cell.task, cell.stage) == (task, "tuning") for cell in missing.values())
+            for stage, count in stages.items()
+            if (task, stage) not in seen and stage not in ("own", "high")
+        )
+
+
+class Display:
+    """Progress: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, design: Design, workers: int) -> None:
+        self.console, self.workers = console, workers
+        self.live = console.is_terminal
+        self.started = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"), TextColumn("{task.fields[counts]}"), console=console,
+        )  # fmt: skip
+        self.item = self.bar.add_task("runs", total=None, eta="", counts="")
+        self.total, self.left, self.counts = 0, 0, dict.fromkeys(("done", "diverged", "error"), 0)
+        self.flying: dict[str, int] = {}
+        self.said = 0.0
+        self.first = True
+
+    def __enter__(self) -> "Display":
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def expect(self, missing: int, later: int, counts: dict[str, int]) -> None:
+        """How many runs are left, now and in stages to come, and how many ended how."""
+        self.left, self.counts = missing + later, counts
+        self.total = self.left + sum(counts.values())
+
+    def step(self, run_id: str, step: int) -> None:
+        """A run in flight has reached a step."""
+        self.flying[run_id] = step
+
+    def ended(self, run_id: str) -> None:
+        """A run is no longer in flight."""
+        self.flying.pop(run_id, None)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.console.print(text, highlight=False)
+
+    def tick(self) -> None:
+        """Redraw."""
+        ended = sum(self.counts.values())
+        elapsed = time.monotonic() - self.started
+        eta = f"about {_duration(elapsed / ended * self.left)} left" if ended >= self.workers else ""
+        counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
+        if self.live:
+            self.bar.update(self.item, total=self.total, completed=ended, eta=eta, counts=counts)
+        elif time.monotonic() - self.said >= 30 and ended:
+            self.said = time.monotonic()
+            self.console.print(f"{ended}/{self.total} runs in {_duration(elapsed)}: {counts}; {eta}", highlight=False)
+
+
+def time_steps(run: Run, steps: int = 4) -> float:
+    """Seconds of one training step, measured on a fresh model (its task must be prepared)."""
+    torch.manual_seed(0)
+    model = run.task.model()
+    optimizer = make_optimizer(run, model)
+    batches = run.task.batches(0)
+    for t in range(steps + 2):
+        if t == 2:  # the first steps allocate
+            started = time.perf_counter()
+        loss = run.task.loss(model, next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    loss.item()
+    return (time.perf_counter() - started) / steps
+
+
+def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
+    """The plan, for the console: arms x tasks x grid = runs, how many are done, the time for the rest."""
+    experiment = sweep.design.experiment
+    sizes, seconds = sweep.design.size(), sweep.seconds_a_run()
+    done: dict[tuple[str, str], int] = {}
+    cells = {run_id: cell for cell, run_id in sweep.cells()}
+    for run_id, cell in cells.items():
+        if sweep.summary(run_id, cell.run) is not None:
+            done[cell.task, cell.stage] = done.get((cell.task, cell.stage), 0) + 1
+    known = {(cell.task, cell.stage) for cell in cells.values()}
+    table = Table("task", "steps", "lrs", "runs", "done", "s a run", "left", title=f"{experiment.name}: {experiment.question}")
+    left_total, runs_total, done_total = 0.0, 0, 0
+    for task, plan in experiment.tasks.items():
+        determined = sum(cell.task == task for cell in cells.values())
+        tuned = (task, "pilot") in known or (task, "test") in known or not plan.test_seeds
+        runs = determined if tuned else sum(n for stage, n in sizes[task].items() if stage not in ("own", "high"))
+        finished = sum(n for (t, _), n in done.items() if t == task)
+        left = (runs - finished) * seconds[task]
+        left_total, runs_total, done_total = left_total + left, runs_total + runs, done_total + finished
+        steps = next(r for (_, t), r in sweep.design.base.items() if t == task).steps
+        table.add_row(
+            task, str(steps), " ".join(f"{lr:g}" for lr in plan.lrs), f"{'' if tuned else '≥ '}{runs}", str(finished),
+            f"{seconds[task]:.1f}", _duration(left),
+        )  # fmt: skip
+    yield table
+    arms = ", ".join(experiment.arms)
+    yield f"{len(experiment.arms)} arms ({arms}) x {len(experiment.tasks)} tasks; seeds by stage: " + "; ".join(
+        f"{task} " + " + ".join(f"{n} {stage}" for stage, n in stages.items() if n) for task, stages in sizes.items()
+    )
+    yield (
+        f"{runs_total} runs, {done_total} done; {_duration(left_total / workers)} left with {workers} "
+        f"worker{'s' if workers > 1 else ''} on {sweep.device}; stated cost: {experiment.cost}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m runners.sweep", description=__doc__)
+    parser.add_argument("command", choices=["run", "plan", "status", "restore"])
+    parser.add_argument("experiment", help="a file in conf/experiment/, without .yaml")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core; one on a GPU)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--store", default=str(ROOT / "runs"), help="folder of the run directories")
+    parser.add_argument("--results", default=str(ROOT / "results"), help="folder of the tables")
+    parser.add_argument("--data-root", default=None, help="folder of local data sets (or set UNTUNED_DATA)")
+    parser.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: none")
+    parser.add_argument("--logger", default="none", choices=["none", "wandb"])
+    words = parser.parse_args(argv)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    try:
+        _command(words, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on from here")
+        raise SystemExit(130) from None
+
+
+def _command(words: argparse.Namespace, console: Console) -> None:
+    if words.workers is not None and words.workers < 1:
+        raise UserError(f"workers must be at least 1, not {words.workers}")
+    experiment = experiments.load(words.experiment)
+    folder = Path(words.results) / experiment.name
+    store = Store(words.store)
+    if words.command == "restore":
+        put, there = restore(folder, store)
+        console.print(f"{put} runs restored to {store.root}, {there} were there")
+        return
+    place = Place(
+        device=words.device, store=str(store.root), data_root=words.data_root,
+        checkpoint_every=words.checkpoint_every, logger=words.logger,
+    )  # fmt: skip
+    design = Design(experiment)
+    sweep = Sweep(design, store, place, console)
+    workers = words.workers or (len(os.sched_getaffinity(0)) if sweep.device.type == "cpu" else 1)
+    if words.command == "status":
+        _print_status(sweep, console)
+        return
+    for part in plan_table(sweep, workers):
+        console.print(part)
+    if words.command == "plan":
+        return
+    _check_writable(folder)
+    while True:
+        counts = sweep.train(workers)
+        damaged = collect(design, [(c, k) for c, k in sweep.cells() if sweep.summary(k, c.run)], store, folder)
+        if not damaged:
+            break
+        sweep._summaries.clear()
+        for path in damaged:
+            console.print(f"{path} cannot be read: set aside, the run is made again")
+    ended = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+    console.print(f"trained now: {ended}; tables in {folder}")
+    if counts["error"]:
+        raise UserError(f"{counts['error']} runs failed, see {store.root}/.errors; the same command tries them again")
+
+
+def _print_status(sweep: Sweep, console: Console) -> None:
+    table = Table("task", "stage", "runs", "done", "diverged", "error", "in flight")
+    rows: dict[tuple[str, str], dict[str, int]] = {}
+    for cell, run_id in sweep.cells():
+        row = rows.setdefault((cell.task, cell.stage), dict.fromkeys(("runs", "done", "diverged", "error", "flying"), 0))
+        row["runs"] += 1
+        status = sweep.store.status(run_id) if sweep.summary(run_id, cell.run) is None else sweep._summaries[run_id]["status"]
+        if status in row:
+            row[status] += 1
+        row["flying"] += sweep.store.claimed(run_id)
+    for (task, stage), row in rows.items():
+        table.add_row(task, stage, *(str(n) for n in row.values()))
+    console.print(table)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the results folder {folder}: {error.strerror}") from None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""One run: a training loop that never waits for the device, and what it leaves behind."""
+
+import contextlib
+import hashlib
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+import optimizers
+from optimizers.engine import Engine, engine_of
+from optimizers.rule import describe
+from runners.config import ROOT, Place, Run
+from runners.probes import Recorder
+from runners.store import Result, Store
+from tasks.task import Task
+
+CHECK_EVERY = 25
+"""Steps between looks at the losses for divergence: the only times that the device is waited for."""
+DIVERGED_ABOVE = 10.0
+"""A loss above this many times the loss of a uniform prediction ends the run as diverged."""
+
+Progress = Callable[[int], None]
+
+
+class Interrupted(Exception):
+    """The run was told to stop; it goes on from its checkpoint, if it keeps any, when it is started again."""
+
+
+def train(
+    run: Run, task: Task, device: torch.device, store: Store, *, checkpoint_every: int = 0, progress: Progress | None = None
+) -> Result:
+    """Train a run to its end, or to where it diverges, on a task that is prepared on the device.
+
+    Identical runs on one device and one version of torch give identical histories: initialisation, data order
+    and dropout come from the seed, and arms with the same seed share them.
+
+    Raises:
+        Interrupted: out of ``progress``, after a checkpoint was written if checkpoints are on.
+    """
+    started = time.perf_counter()
+    run_id = run.id(task.fingerprint())
+    torch.manual_seed(run.seed)
+    model = task.model()
+    # A stream of its own for dropout, so that an arm that draws more numbers at initialisation changes nothing.
+    torch.manual_seed(_stream(run.seed, "training"))
+    optimizer = make_optimizer(run, model)
+    recorder = Recorder(run, model, device)
+    checkpoint = Checkpoint(store.checkpoint(run_id), model, optimizer, recorder)
+    first = checkpoint.load() if checkpoint_every else 0
+    bound = DIVERGED_ABOVE * task.initial_loss
+    diverged: int | None = None
+    batches = task.batches(run.seed, start=first)
+    autocast = torch.autocast(device.type, torch.bfloat16) if run.precision == "bfloat16" else contextlib.nullcontext()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model.train()
+    for t in range(first + 1, run.steps + 1):
+        with autocast:
+            loss = task.loss(model, next(batches))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        recorder.before_step(t, loss)
+        optimizer.step()
+        recorder.after_step(t)
+        if t % CHECK_EVERY == 0 or t == run.steps:
+            diverged = recorder.first_bad(bound, t)
+            if diverged is not None:
+                break
+            if checkpoint_every and t % checkpoint_every == 0 and t < run.steps:
+                checkpoint.save(t)
+            if progress is not None:
+                try:
+                    progress(t)
+                except Interrupted:
+                    if checkpoint_every and t < run.steps:
+                        checkpoint.save(t)
+                    raise
+    trained = time.perf_counter()
+    metrics: dict[str, dict[str, float]] = {}
+    if diverged is None:
+        with optimizer.evaluation_weights(), autocast:
+            for split in ("validation", "test"):
+                values = task.evaluate(model, split)  # type: ignore[arg-type]
+                metrics[split] = {name: float(value) for name, value in values.items()}
+        if not all(math.isfinite(values["loss"]) for values in metrics.values()):
+            # The last step itself broke the weights, after its loss had been looked at.
+            diverged, metrics = run.steps, {}
+    tables = recorder.tables(diverged or run.steps)
+    ended = time.perf_counter()
+    summary = {
+        "id": run_id,
+        "status": "done" if diverged is None else "diverged",
+        "diverged_at": diverged,
+        "last_finite": _last_finite(tables["history"]) if diverged else None,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "worst": task.worst,
+        "metrics": metrics,
+        "steps": run.steps,
+        "probes": vars_of(run.probes),
+        "seconds": {"train": trained - started, "evaluate": ended - trained, "from_step": first},
+        "environment": environment(device),
+    }
+    config = {**run.science, "probes": vars_of(run.probes)}
+    provenance = {
+        "data": task.fingerprint(),
+        **environment(device),
+        **_code(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_mib": _peak_memory(device),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return Result(summary, config, provenance, tables)
+
+
+def make_optimizer(run: Run, model: nn.Module) -> Engine:
+    """The run's rule over the model's parameters, with and without weight decay as the run says."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if run.weight_decay_on == "matrices":
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+    hyper = {k: v for k, v in describe(run.optimizer).items() if k != "name"}
+    kind = getattr(optimizers, type(run.optimizer).__name__, None) or engine_of(type(run.optimizer))
+    return kind(
+        [group for group in groups if group["params"]],
+        lr=run.lr,
+        weight_decay=run.weight_decay,
+        weight_decay_mode=run.weight_decay_mode,
+        clip_norm=run.clip_norm,
+        warmup=run.warmup,
+        decay=run.decay,
+        steps=run.steps,
+        execution=run.execution,
+        **hyper,
+    )
+
+
+class Checkpoint:
+    """Everything that a run needs to go on exactly where it was."""
+
+    def __init__(self, path: Path, model: nn.Module, optimizer: Engine, recorder: Recorder) -> None:
+        self.path, self.model, self.optimizer, self.recorder = path, model, optimizer, recorder
+
+    def save(self, t: int) -> None:
+        """Write the state after step t, whole or not at all."""
+        part = self.path.with_suffix(".tmp")
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        torch.save(
+            {
+                "t": t,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "recorder": self.recorder.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": cuda,
+            },
+            part,
+        )
+        part.replace(self.path)
+
+    def load(self) -> int:
+        """Restore the last checkpoint; the step it was written after, 0 if there is none that can be read."""
+        try:
+            saved = torch.load(self.path, weights_only=True)
+        except (FileNotFoundError, RuntimeError, EOFError, OSError):
+            return 0
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.recorder.load_state_dict(saved["recorder"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        return int(saved["t"])
+
+
+def prepare(task: Task, place: Place) -> torch.device:
+    """Put a task's data on the device and set torch up so that a run can be repeated to the bit."""
+    device = place.torch_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # one worker a core; and sums do not depend on the machine's number of cores
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    task.prepare(device, place.data)
+    return device
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What must agree between runs that are compared: device and versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    return {"device": device.type, "device_name": name, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def vars_of(probes: Any) -> dict[str, Any]:
+    """The probes as plain values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(probes).items() if not k.startswith("_")}
+
+
+def _stream(seed: int, purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7], "little")
+
+
+def _last_finite(history: pd.DataFrame) -> dict[str, float] | None:
+    finite = history[np.isfinite(history["loss"])]
+    if finite.empty:
+        return None
+    return {"step": int(finite["step"].iloc[-1]), "loss": float(finite["loss"].iloc[-1])}
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory in MiB: of the device's allocator, else of this process over its life."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _code() -> dict[str, str | bool]:
+    """The revision of the code, and whether it had been changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "conf", "optimizers", "tasks", "runners")
+        return {"git": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git": "unknown", "dirty": True}

@@ -1,0 +1,202 @@
+"""Workers that live for a whole sweep: each prepares a task once and trains run after run.
+
+The parent hands each worker one job at a time through a pipe of its own, so a worker that is killed loses its
+run in flight and nothing else.
+"""
+
+import contextlib
+import multiprocessing
+import signal
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from runners.config import Place, Probes, Run, UserError, plain
+from runners.loggers import logger_for
+from runners.store import Damaged, Store
+from runners.train import Interrupted, prepare, train, vars_of
+from tasks.task import Task
+
+REPORT_EVERY = 0.5
+"""Seconds between a worker's progress reports."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to train, with the id that the parent computed."""
+
+    run_id: str
+    run: Run
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened: ``step`` (and which), or a job's end as ``done``, ``diverged``, ``error``, ``elsewhere``
+    (another sweep has it), ``interrupted``, ``died`` (the worker process is gone) or ``failed`` (the machine
+    or the store is at fault, so that other runs would fail too)."""
+
+    kind: str
+    job: Job
+    step: int = 0
+    text: str = ""
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    job: Job | None = None
+
+
+@dataclass
+class Pool:
+    """A fixed number of worker processes. Use as a context: they are stopped at its end."""
+
+    place: Place
+    count: int
+    workers: list[_Worker] = field(default_factory=list)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            if worker.job is not None:
+                worker.process.terminate()  # it writes its checkpoint, if it keeps any
+            with contextlib.suppress(OSError):
+                worker.pipe.send(None)
+        for worker in self.workers:
+            worker.process.join(timeout=20)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+    @property
+    def idle(self) -> int:
+        """How many jobs could be started now."""
+        return self.count - sum(worker.job is not None for worker in self.workers)
+
+    @property
+    def busy(self) -> list[Job]:
+        """The jobs in flight."""
+        return [worker.job for worker in self.workers if worker.job is not None]
+
+    def start(self, job: Job) -> None:
+        """Give a job to an idle worker, preferring one whose task is warm; a new one is started if need be."""
+        idle = [worker for worker in self.workers if worker.job is None]
+        worker = idle[0] if idle else self._spawn()
+        worker.job = job
+        worker.pipe.send(job)
+
+    def events(self, timeout: float) -> list[Event]:
+        """What has happened; waits at most ``timeout`` seconds for something."""
+        sources: list[Any] = [w.pipe for w in self.workers] + [w.process.sentinel for w in self.workers]
+        ready = wait(sources, timeout) if sources else []
+        events: list[Event] = []
+        for worker in list(self.workers):
+            try:
+                while worker.pipe.poll():
+                    event: Event = worker.pipe.recv()
+                    if event.kind != "step":
+                        worker.job = None
+                    events.append(event)
+            except (EOFError, OSError):
+                pass
+            if worker.process.sentinel in ready and not worker.process.is_alive():
+                self.workers.remove(worker)
+                if worker.job is not None:
+                    code = worker.process.exitcode
+                    events.append(Event("died", worker.job, text=f"its worker process ended with code {code}"))
+        return events
+
+    def _spawn(self) -> _Worker:
+        # spawn, not fork: a forked child of a process that has used torch's threads or CUDA can hang.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self.place), daemon=True)
+        process.start()
+        theirs.close()
+        worker = _Worker(process, ours)
+        self.workers.append(worker)
+        return worker
+
+
+def serve(pipe: Connection, place: Place) -> None:
+    """A worker's life: train what comes through the pipe until None comes, or nobody is left to send."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, stop)
+    tasks: dict[str, Task] = {}
+    while not stopped:
+        try:
+            job: Job | None = pipe.recv()
+        except (EOFError, OSError):
+            return
+        if job is None:
+            return
+        last = time.monotonic()
+
+        def progress(step: int, job: Job = job) -> None:
+            nonlocal last
+            if stopped:
+                raise Interrupted
+            if time.monotonic() - last >= REPORT_EVERY:
+                last = time.monotonic()
+                with contextlib.suppress(OSError):
+                    pipe.send(Event("step", job, step))
+
+        event = carry_out(job, place, tasks, progress)
+        try:
+            pipe.send(event)
+        except OSError:
+            return
+
+
+def carry_out(job: Job, place: Place, tasks: dict[str, Task], progress: Any = None) -> Event:
+    """Claim, train and publish one run. ``tasks`` keeps prepared tasks from job to job."""
+    try:
+        store = Store(place.store)
+        with store.claim(job.run_id) as mine:
+            if not mine:
+                return Event("elsewhere", job)
+            with contextlib.suppress(Damaged):
+                summary = store.summary(job.run_id)
+                if summary is not None and Probes(**summary["probes"]).covers(job.run.probes, job.run.steps):
+                    return Event(summary["status"], job)  # another sweep was faster
+            return _train_claimed(job, place, store, tasks, progress)
+    except UserError as error:
+        return Event("failed", job, text=str(error))
+
+
+def _train_claimed(job: Job, place: Place, store: Store, tasks: dict[str, Task], progress: Any) -> Event:
+    key = str(plain(job.run.task))
+    try:
+        device = place.torch_device()
+        if key not in tasks:
+            prepare(job.run.task, place)
+            tasks[key] = job.run.task
+        with logger_for(place, job.run, job.run_id) as log:
+            result = train(
+                job.run, tasks[key], device, store, checkpoint_every=place.checkpoint_every, progress=progress
+            )
+            log(result)
+    except Interrupted:
+        return Event("interrupted", job)
+    except UserError:
+        raise
+    except Exception:
+        text = traceback.format_exc()
+        store.record_error(job.run_id, text, {**job.run.science, "probes": vars_of(job.run.probes)})
+        return Event("error", job, text=text.strip().splitlines()[-1])
+    if (store.root / job.run_id).exists():
+        store.set_aside(job.run_id)  # damaged, or without a probe that is now asked for
+    store.publish(result)
+    return Event(result.summary["status"], job)

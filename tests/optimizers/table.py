@@ -1,0 +1,231 @@
+"""The conformance table. A rule is added to the package by one file, one YAML, and one row or more here.
+
+A row gives a rule's settings, the reference that it must match over 100 steps, and learning rates at which it
+must descend. test_conformance.py runs every row.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optimizers
+from optimizers import Engine
+from optimizers.decays import Linear
+from optimizers.rule import available
+from tests.optimizers import recurrences
+from tests.optimizers.problems import gradient, run, start
+from tests.optimizers.recurrences import Recurrence
+
+LR = 0.01
+STEPS = 100
+
+Reference = Callable[[], dict[int, list[Tensor]]]
+"""The parameters of problems.start() after some of the steps 1..100, in float64."""
+
+
+def torch_has(make: Callable[[Any], torch.optim.Optimizer]) -> Reference:
+    """The reference is a torch optimizer."""
+
+    def follow() -> dict[int, list[Tensor]]:
+        params, seen = start(), {}
+        run(make(params), params, 1, STEPS, lambda t: seen.update({t: [p.detach().clone() for p in params]}))
+        return seen
+
+    return follow
+
+
+def authors(file: str, case: str) -> Reference:
+    """The reference is a trajectory of the authors' own code, from reference/."""
+
+    def follow() -> dict[int, list[Tensor]]:
+        text = (Path(__file__).parent / "reference" / f"{file}.json").read_text()
+        shapes = [p.shape for p in start()]
+        params = json.loads(text)["cases"][case]["params"]
+        return {
+            int(t): [
+                torch.tensor(v, dtype=torch.float64).reshape(s) for v, s in zip(both, shapes, strict=True)
+            ]
+            for t, both in params.items()
+        }
+
+    return follow
+
+
+class AuthorsRAdam(torch.optim.Optimizer):
+    """The arithmetic of the authors' RAdam, operation by operation, in a dtype of choice.
+
+    Their code runs in float32 whatever the dtype of the parameters, so their trajectories carry its rounding.
+    test_radam.py shows that in float32 this class reproduces them; in float64 it is the reference of a row.
+    """
+
+    def __init__(self, params: Any, idle: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(params, {})
+        self.idle, self.dtype, self.t = idle, dtype, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        beta1, beta2 = BETAS
+        self.t += 1
+        limit = 2 / (1 - beta2) - 1
+        length = limit - 2 * self.t * beta2**self.t / (1 - beta2**self.t)
+        for p in self.param_groups[0]["params"]:
+            x, g, state = p.to(self.dtype), p.grad.to(self.dtype), self.state[p]
+            m = state.setdefault("m", torch.zeros_like(x)).mul_(beta1).add_(g, alpha=1 - beta1)
+            v = state.setdefault("v", torch.zeros_like(x)).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            if length >= 5:
+                above = (length - 4) / (limit - 4) * (length - 2) / length * limit / (limit - 2)
+                size = math.sqrt((1 - beta2**self.t) * above) / (1 - beta1**self.t)
+                x = x.add(x, alpha=-0.02 * LR).addcdiv_(m, v.sqrt().add_(1e-8), value=-size * LR)
+                p.copy_(x)
+            elif not self.idle:
+                x = x.add(x, alpha=-0.02 * LR).add_(m, alpha=-LR / (1 - beta1**self.t))
+                p.copy_(x)
+
+
+def paper(recurrence: Recurrence) -> Reference:
+    """The reference is a recurrence in plain floats."""
+
+    def follow() -> dict[int, list[Tensor]]:
+        seen: dict[int, list[Tensor]] = {t: [] for t in range(1, STEPS + 1)}
+        for tensor, p in enumerate(start()):
+            paths = [
+                itertools.islice(recurrence(x, lambda t, x, n=tensor, i=i: gradient(n, i, t, x)), STEPS)
+                for i, x in enumerate(p.flatten().tolist())
+            ]
+            for t, values in enumerate(zip(*paths, strict=True), start=1):
+                seen[t].append(torch.tensor(values, dtype=torch.float64).reshape(p.shape))
+        return seen
+
+    return follow
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule with its settings.
+
+    Attributes:
+        rule: its name in YAML.
+        hyper: its hyper-parameters.
+        reference: what it must match at learning rate LR.
+        options: options of the engine, as the reference's weight decay.
+        quadratic, rosenbrock: learning rates at which it must descend.
+    """
+
+    rule: str
+    hyper: dict[str, Any]
+    reference: Reference
+    options: dict[str, Any] = field(default_factory=dict)
+    quadratic: float = 0.1
+    rosenbrock: float = 0.05
+
+    def __str__(self) -> str:
+        values = {**self.hyper, **self.options}
+        shown = (f"{k}={v['name'] if isinstance(v, dict) else v}" for k, v in values.items())
+        return " ".join([self.rule, *shown])
+
+    def make(self, params: Any, lr: float = LR, **options: Any) -> Engine:
+        """The row's optimizer."""
+        kind = getattr(optimizers, available()[self.rule].__name__)
+        return kind(params, lr=lr, **self.hyper, **{**self.options, **options})
+
+    def descent(self, lr: float, steps: int) -> Callable[[list[nn.Parameter]], Engine]:
+        """The row's optimizer without weight decay and with a linear decay, to converge."""
+        return lambda params: self.make(params, lr, weight_decay=0.0, decay=Linear(), steps=steps)
+
+
+B = {"beta1": 0.9, "beta2": 0.99}
+BETAS = (0.9, 0.99)
+DECAY = {"weight_decay": 0.02}
+SGD = {"quadratic": 0.05, "rosenbrock": 0.001}
+ADAM = {"name": "adam", **B}
+MOMENTUM = {"name": "sgd", "momentum": 0.9}
+T = torch.optim
+
+ROWS = [
+    Row("sgd", {}, torch_has(lambda p: T.SGD(p, LR)), **SGD),
+    Row("sgd", {}, torch_has(lambda p: T.SGD(p, LR, weight_decay=0.02)), DECAY, **SGD),
+    Row("sgd", {"momentum": 0.9}, torch_has(lambda p: T.SGD(p, LR, 0.9, weight_decay=0.02)), DECAY, **SGD),
+    Row(
+        "sgd",
+        {"momentum": 0.9, "nesterov": True},
+        torch_has(lambda p: T.SGD(p, LR, 0.9, weight_decay=0.02, nesterov=True)),
+        DECAY,
+        **SGD,
+    ),
+    Row("adam", {}, torch_has(lambda p: T.Adam(p, LR))),
+    Row("adam", B, torch_has(lambda p: T.Adam(p, LR, BETAS, weight_decay=0.02)), DECAY),
+    Row("adam", {"eps": 1e-4}, torch_has(lambda p: T.Adam(p, LR, eps=1e-4))),
+    Row("adamw", B, torch_has(lambda p: T.AdamW(p, LR, BETAS, weight_decay=0.02)), DECAY),
+    Row("adamax", {}, torch_has(lambda p: T.Adamax(p, LR)), rosenbrock=0.2),
+    Row("adamax", B, torch_has(lambda p: T.Adamax(p, LR, BETAS, weight_decay=0.02)), DECAY),
+    Row(
+        "adam2k",
+        {**B, "frozen_steps": 30},
+        paper(recurrences.adam2k(LR, 0.9, 0.99, 30, 0.02)),
+        DECAY,
+    ),
+    Row("radam", B, paper(recurrences.radam(LR, 0.9, 0.99, 0.02)), DECAY, rosenbrock=0.005),
+    # The limit of rho is 3 here, so every step is a momentum step.
+    Row("radam", {"beta2": 0.5}, paper(recurrences.radam(LR, 0.9, 0.5, 0.0)), quadratic=0.05, rosenbrock=0.001),
+    Row(
+        "radam",
+        {**B, "variant": "torch"},
+        torch_has(lambda p: T.RAdam(p, LR, BETAS, weight_decay=0.02, decoupled_weight_decay=True)),
+        DECAY,
+        rosenbrock=0.005,
+    ),
+    Row(
+        "radam",
+        {**B, "variant": "torch"},
+        torch_has(lambda p: T.RAdam(p, LR, BETAS, weight_decay=0.02)),
+        {**DECAY, "weight_decay_mode": "coupled"},
+        rosenbrock=0.005,
+    ),
+    Row(
+        "radam",
+        {**B, "variant": "torch"},
+        torch_has(lambda p: AuthorsRAdam(p, idle=False)),
+        {**DECAY, "weight_decay_mode": "decoupled"},
+        rosenbrock=0.005,
+    ),
+    Row(
+        "radam",
+        {**B, "variant": "authors"},
+        torch_has(lambda p: AuthorsRAdam(p, idle=True)),
+        DECAY,
+    ),
+    Row("adan", {}, authors("adan", "adan, proximal decay"), DECAY),
+    Row("adan", {}, authors("adan", "adan, no_prox"), {**DECAY, "weight_decay_mode": "decoupled"}),
+    Row(
+        "adan",
+        {"restart_every": 30},
+        paper(recurrences.adan(LR, (0.98, 0.92, 0.99), 30, 0.02)),
+        DECAY,
+    ),
+    Row("lookahead", {"inner": ADAM}, authors("lookahead", "lookahead of torch Adam")),
+    Row(
+        "lookahead",
+        {"inner": MOMENTUM, "momentum": "reset"},
+        authors("lookahead", "lookahead of torch SGD momentum, momentum reset"),
+        **SGD,
+    ),
+    Row(
+        "lookahead",
+        {"inner": MOMENTUM, "momentum": "pullback"},
+        paper(recurrences.lookahead_pullback(LR, 0.9, 5, 0.8)),
+        **SGD,
+    ),
+    Row(
+        "lookahead",
+        {"inner": MOMENTUM, "momentum": "pullback_authors"},
+        authors("lookahead", "lookahead of torch SGD momentum, momentum pullback"),
+        **SGD,
+    ),
+]

@@ -1,0 +1,51 @@
+"""Prepared tasks, made once."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.task import Task, available
+
+# Smaller than the defaults, where these would cost seconds; a task that is not here runs as it is.
+SMALL: dict[str, dict[str, Any]] = {
+    "digits_resnet": {"batch_size": 32},
+    "phrases_transformer": {"batch_size": 16, "layers": 1, "decode": 20},
+    "pydocs_lstm": {"batch_size": 8, "bptt": 10, "width": 32},
+}
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Several would be slower on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@cache
+def _prepared(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
+    task = available()[name](**{**SMALL.get(name, {}), **dict(options)})
+    try:
+        task.prepare(torch.device("cpu"), None)
+    except FileNotFoundError as error:
+        pytest.skip(f"no data for {name}: {error}")
+    return task
+
+
+@pytest.fixture(scope="session")
+def prepared() -> Callable[..., Any]:
+    """The task of a name, prepared on the CPU, with some fields."""
+
+    def get(name: str, **options: Any) -> Any:
+        return _prepared(name, tuple(sorted(options.items())))
+
+    return get
