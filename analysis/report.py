@@ -17,7 +17,6 @@ from runners.config import UserError
 from runners.store import write_whole
 
 
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
@@ -74,7 +73,10 @@ def summary(found: Results, table: pd.DataFrame) -> str:
         verdict = table[(table.claim == name) & (table.task == ALL)].iloc[0]
         reason = f" ({verdict.reason})" if isinstance(verdict.reason, str) and verdict.reason else ""
         by_task = table[(table.claim == name) & (table.task != ALL)]
-        tasks = ", ".join(f"{r.task} {'at the high lr ' if r['at'] == 'high' else ''}{_word(r)}" for _, r in by_task.iterrows())
+        tasks = ", ".join(
+            f"{r.task} {'at the high lr ' if r['at'] == 'high' else ''}{_word(r)}"
+            for _, r in by_task.iterrows()
+        )
         lines.append(f"- **{claim.hypothesis}: {verdict.verdict}**{reason}. By task: {tasks}.")
     if experiment.screening:
         lines.append(
@@ -82,7 +84,9 @@ def summary(found: Results, table: pd.DataFrame) -> str:
             "inconclusive, it had too few seeds to tell, not a reason to believe either answer."
         )
     diverged = int((found.runs.drop_duplicates("run").status == "diverged").sum())
-    lines.append(f"\n{found.runs.run.nunique()} runs, {diverged} of them diverged (counted at the task's worst value).")
+    lines.append(
+        f"\n{found.runs.run.nunique()} runs, {diverged} of them diverged (counted at the task's worst value)."
+    )
     return "\n".join(lines)
 
 
@@ -188,12 +192,16 @@ def _readable(curves: pd.DataFrame) -> pd.DataFrame:
         {
             "task": curves.task,
             "arm": curves.arm,
-            "best lr": [f"{lr:g}{' (edge)' if edge else ''}" for lr, edge in zip(curves.best_lr, curves.at_edge, strict=True)],
+            "best lr": [
+                f"{lr:g}{' (edge)' if edge else ''}"
+                for lr, edge in zip(curves.best_lr, curves.at_edge, strict=True)
+            ],
             "validation there": curves.best_validation.map("{:.4g}".format),
             "sensitivity": curves.sensitivity.map("{:.3g}".format),
             "largest stable lr": curves.largest_stable_lr.map("{:g}".format),
             "diverged [95 %]": [
-                f"{r.share_diverged:.0%} [{r.share_diverged_low:.0%}, {r.share_diverged_high:.0%}]" for r in curves.itertuples()
+                f"{r.share_diverged:.0%} [{r.share_diverged_low:.0%}, {r.share_diverged_high:.0%}]"
+                for r in curves.itertuples()
             ],
             "seeds": curves.seeds,
         }

@@ -160,7 +160,7 @@ save(figure, table, FOLDER, "psi_variance")
 # RAdam's Figure 9 at its full size: 5000 trajectories of 6000 steps, $g \sim N(\mu, 1)$, from step 5. The raw
 # variance falls by three orders of magnitude, the rectified one stays within about 15 % of its limit from step
 # 20 on if $\mu \le 1$. But the first adaptive steps are over-corrected: at step 5 the rectified variance is 3.3
-# times *smaller* than in the limit at $\mu = 0$, and 8 times at $\mu = 10$. The two lines on the right take
+# times *smaller* than in the limit at $\mu = 0$ (3.5 in this run) and 8 times at $\mu = 10$. The two lines take
 # Eq. 2 at the length $\rho_t$, and at the length that matches the variance of Adam's average: the second
 # explains the dip near $t = 1800$ too.
 

@@ -38,15 +38,18 @@ def test_every_rule_is_importable_as_an_optimizer() -> None:
 
 
 @every_row
-def test_matches_its_reference(row: Row) -> None:
+@pytest.mark.parametrize("execution", ["eager", "flat"])
+def test_matches_its_reference(row: Row, execution: str) -> None:
     params, seen = start(), {}
-    optimizer = row.make(params)
+    optimizer = row.make(params, execution=execution)
     run(optimizer, params, 1, STEPS, lambda t: seen.update({t: [p.detach().clone() for p in params]}))
     expected = row.reference()
     assert max(expected) == STEPS
     for t, reference in expected.items():
         for ours, theirs in zip(seen[t], reference, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, t=t: f"step {t}: {m}")
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, t=t: f"step {t}: {m}"
+            )
 
 
 @every_row
@@ -56,8 +59,8 @@ def test_converges_on_a_quadratic(row: Row) -> None:
 
 @every_row
 def test_descends_rosenbrock(row: Row) -> None:
-    # From a loss of 24.2, past the bend of the valley.
-    assert descend(row.descent(row.rosenbrock, 2500), rosenbrock, (-1.2, 1.0), 2500) < 0.3
+    # From a loss of 24.2, round the bend of the valley.
+    assert descend(row.descent(row.rosenbrock, 1500), rosenbrock, (-1.2, 1.0), 1500) < 1.2
 
 
 @every_row
@@ -69,10 +72,11 @@ def test_a_rule_is_a_value(row: Row) -> None:
 
 
 @every_row
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_continues_from_its_state_dict_to_the_bit(row: Row, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("execution", ["eager", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_continues_from_its_state_dict_to_the_bit(row: Row, dtype: torch.dtype, execution: str) -> None:
     params = start(dtype)
-    optimizer = row.make(params)
+    optimizer = row.make(params, execution=execution)
     halfway = run(optimizer, params, 1, HALF_WAY)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -80,7 +84,7 @@ def test_continues_from_its_state_dict_to_the_bit(row: Row, dtype: torch.dtype) 
 
     file.seek(0)
     again = [nn.Parameter(p) for p in halfway]
-    loaded = row.make(again, lr=123.0)
+    loaded = row.make(again, lr=123.0, execution=execution)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     assert [v.dtype for v in state_tensors(loaded)] == [v.dtype for v in state_tensors(optimizer)]
     assert equal(run(loaded, again, HALF_WAY + 1, END), through)
@@ -88,23 +92,25 @@ def test_continues_from_its_state_dict_to_the_bit(row: Row, dtype: torch.dtype) 
 
 
 @every_row
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_parameters_keep_their_dtype(row: Row, dtype: torch.dtype) -> None:
     params = start(dtype)
     optimizer = row.make(params)
     assert all(p.dtype == dtype and bool(p.isfinite().all()) for p in run(optimizer, params, 1, HALF_WAY))
     names = {k for s in optimizer.state.values() for k in s} - {"step", "slow"}
-    kept = torch.float32 if dtype == torch.bfloat16 else dtype
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
     assert all(s[name].dtype == kept for s in optimizer.state.values() for name in names)
 
 
 @every_row
+@pytest.mark.parametrize("execution", ["eager", "flat"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "deepcopy at the start"])
-def test_a_copy_continues_identically(row: Row, how: str) -> None:
+def test_a_copy_continues_identically(row: Row, how: str, execution: str) -> None:
     params = start()
     own_warmup = make(row.rule, **row.hyper).own_warmup
     warmup = None if own_warmup else optimizers.warmups.Linear(40)
-    optimizer = row.make(params, warmup=warmup, decay=optimizers.decays.Linear(), steps=60, clip_norm=2.0)
+    options = {"decay": optimizers.decays.Linear(), "steps": 60, "clip_norm": 2.0, "execution": execution}
+    optimizer = row.make(params, warmup=warmup, **options)
     done = 0 if "start" in how else HALF_WAY
     run(optimizer, params, 1, done)
     both = (params, optimizer)

@@ -72,7 +72,9 @@ def test_evaluation_weights_of_other_rules_are_the_parameters() -> None:
 
 
 def test_may_not_wrap_itself() -> None:
-    with pytest.raises(ValueError, match="Lookahead: Lookahead cannot wrap itself: the two would share their state"):
+    with pytest.raises(
+        ValueError, match="Lookahead: Lookahead cannot wrap itself: the two would share their state"
+    ):
         optimizers.Lookahead(start(), inner={"name": "lookahead"})
     with pytest.raises(ValueError, match="cannot wrap itself"):
         Lookahead(inner=Lookahead())
@@ -86,8 +88,14 @@ def test_may_not_wrap_itself() -> None:
         ({"alpha": 0.0}, r"^Lookahead: alpha: Input should be greater than 0, got 0\.0$"),
         ({"alpha": "0.5"}, r"^Lookahead: alpha: Input should be a valid number, got '0\.5'$"),
         ({"momentum": "drop"}, r"^Lookahead: momentum: Input should be 'keep', 'reset', 'pullback' or "),
-        ({"inner": {"name": "adamm"}}, r"^Lookahead: inner: no optimizer is called 'adamm'; there are: adam, "),
-        ({"inner": {"name": "adam", "beta2": 1.0}}, r"^Lookahead: inner\.beta2: Input should be less than 1, "),
+        (
+            {"inner": {"name": "adamm"}},
+            r"^Lookahead: inner: no optimizer is called 'adamm'; there are: adam, ",
+        ),
+        (
+            {"inner": {"name": "adam", "beta2": 1.0}},
+            r"^Lookahead: inner\.beta2: Input should be less than 1, ",
+        ),
     ],
 )
 def test_bad_settings(hyper: dict, message: str) -> None:

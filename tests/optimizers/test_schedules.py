@@ -68,7 +68,9 @@ def test_untuned_linear_reaches_1_at_its_length_rounded_up(beta2: float) -> None
 @pytest.mark.parametrize(("beta2", "length"), [(0.98, 100), (0.99, 200), (0.999, 2000), (0.9995, 4000)])
 def test_untuned_linear_is_not_a_step_short(beta2: float, length: int) -> None:
     # int(2 / (1 - .999)) is 1999: the schedule would be 1999 / 1999 there, not 1999 / 2000.
-    assert warmups.UntunedLinear().factor(at(length - 1), beta2).item() == pytest.approx(1 - 1 / length, rel=1e-12)
+    assert warmups.UntunedLinear().factor(at(length - 1), beta2).item() == pytest.approx(
+        1 - 1 / length, rel=1e-12
+    )
     # As floats, 1 - .9995 is a little less than .0005.
     assert warmups.UntunedLinear().factor(at(length), beta2).item() == pytest.approx(1, abs=1e-12)
 
@@ -96,7 +98,9 @@ def test_effective_periods(beta2: float) -> None:
 
 def test_decays() -> None:
     t = steps(100)
-    assert decays.Linear().factor(t, 100).tolist() == pytest.approx([1 - (n - 1) / 100 for n in range(1, 101)])
+    assert decays.Linear().factor(t, 100).tolist() == pytest.approx(
+        [1 - (n - 1) / 100 for n in range(1, 101)]
+    )
     cosine = decays.Cosine().factor(t, 100)
     assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and 0 < cosine[99] < 3e-4
     stages = decays.Milestones((0.5, 0.75), 0.1).factor(t, 100)
@@ -122,7 +126,10 @@ def test_decays_fall_from_1_and_never_rise_again(name: str, budget: int, at: lis
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: warmups.make("lineer"), r"^no warmup is called 'lineer'; there are: none, linear, exponential"),
+        (
+            lambda: warmups.make("lineer"),
+            r"^no warmup is called 'lineer'; there are: none, linear, exponential",
+        ),
         (lambda: decays.make("step"), r"^no decay is called 'step'; there are: constant, linear, cosine"),
         (lambda: warmups.make("linear", tau=0.0), "greater than 0"),
         (lambda: warmups.make("linear", tau="10"), "valid number"),
