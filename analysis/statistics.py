@@ -12,8 +12,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import integrate, optimize, stats
-from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
-from statsmodels.stats.weightstats import ttost_paired  # type: ignore[import-untyped]
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import ttost_paired
 
 Verdict = Literal["supported", "refuted", "inconclusive"]
 Floats: TypeAlias = NDArray[np.float64]
@@ -54,10 +54,10 @@ class Equivalence:
 def paired_equivalence(a: ArrayLike, b: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
     """Are a and b, of shape (n,) and paired by seed, equal within ``margin``?
 
-    With the 1 - 2 alpha t interval of the mean of a - b: 'supported' if inside (-margin, margin), which is the
-    two one-sided t tests (TOST) at level alpha; 'refuted' if wholly outside [-margin, margin]; else
-    'inconclusive', and always so below two pairs. Differences that are all equal give an interval of length 0
-    and a p-value of 0 or 1.
+    With the 1 - 2 alpha t interval of the mean of a - b: 'supported' if inside (-margin, margin), which is
+    the two one-sided t tests (TOST) at level alpha; 'refuted' if wholly outside [-margin, margin]; else
+    'inconclusive', and always so below two pairs. Differences that are all equal give an interval of length
+    0 and a p-value of 0 or 1.
 
     Raises ValueError for unequal lengths, a value that is not finite, a margin that is not positive, or an
     alpha outside (0, .5). Source: Schuirmann 1987; ``statsmodels.stats.weightstats.ttost_paired``.
@@ -144,9 +144,7 @@ def planned_power(n: int, margin: float, sd: float, difference: float = 0.0, alp
     return float(integrate.fixed_quad(integrand, start, end, n=200)[0])
 
 
-def smallest_margin(
-    n: int, sd: float, power: float = 0.8, difference: float = 0.0, alpha: float = 0.05
-) -> float:
+def smallest_margin(n: int, sd: float, power: float = 0.8, difference: float = 0.0, alpha: float = 0.05) -> float:
     """The margin at which ``planned_power`` of n pairs reaches ``power``, in units of the metric."""
     if n < 2 or not sd > 0 or not 0 < power < 1:
         raise ValueError(f"no margin for n = {n}, sd = {sd}, power = {power}: n >= 2, sd > 0, 0 < power < 1")
@@ -154,17 +152,13 @@ def smallest_margin(
     while planned_power(n, upper, sd, difference, alpha) < power:
         upper *= 2
     return float(
-        optimize.brentq(
-            lambda margin: planned_power(n, margin, sd, difference, alpha) - power, upper * 1e-9, upper
-        )
+        optimize.brentq(lambda margin: planned_power(n, margin, sd, difference, alpha) - power, upper * 1e-9, upper)
     )
 
 
-def seeds_needed(
-    margin: float, sd: float, power: float = 0.8, difference: float = 0.0, alpha: float = 0.05
-) -> int:
-    """The smallest number of pairs whose ``planned_power`` is at least ``power``. Raises ValueError if the true
-    difference is not inside the margin, or if a million pairs are not enough."""
+def seeds_needed(margin: float, sd: float, power: float = 0.8, difference: float = 0.0, alpha: float = 0.05) -> int:
+    """The smallest number of pairs whose ``planned_power`` is at least ``power``. Raises ValueError if the
+    true difference is not inside the margin, or if a million pairs are not enough."""
     if abs(difference) >= margin:
         raise ValueError(f"a true difference of {difference} is outside the margin {margin}")
     if not 0 < power < 1:

@@ -9,7 +9,7 @@ from matplotlib import colormaps, colors, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; its yellow is left out: unreadable on white.
+# Okabe & Ito's palette, which colour-blind readers can tell apart, less its yellow: unreadable on white.
 BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#808080",
 )  # fmt: skip
@@ -24,7 +24,7 @@ ARMS: dict[str, tuple[str, str]] = {
     "exponential": (PURPLE, "-."),
     "sgd": (GREY, ":"),
 }
-"""Colour and line style of the arms that every experiment shares, by name; lines differ without colour too."""
+"""Colour and line style, by name, of the arms that every experiment shares."""
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
@@ -86,8 +86,8 @@ def panels(
 
 
 def looks(arms: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Keyword arguments of ``plot`` for each arm. An arm of ``ARMS`` looks the same in every figure; the others
-    take, in the order given, the colours that no arm of this figure has. Raises ValueError beyond them."""
+    """Keyword arguments of ``plot`` for each arm. An arm of ``ARMS`` looks the same in every figure; the
+    others take, in the order given, the colours that no arm of this figure has. Raises ValueError beyond them."""
     names = list(dict.fromkeys(arms))
     known = {name: ARMS[name] for name in names if name in ARMS}
     taken = {colour for colour, _ in known.values()}
@@ -100,5 +100,5 @@ def looks(arms: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def shades(n: int) -> list[str]:
-    """n colours from dark to light for an ordered parameter (beta2, mu, lr), readable on white and in grey."""
+    """n colours from dark to light for an ordered parameter (beta2, mu, lr), readable on white."""
     return [colors.to_hex(colormaps["viridis"](x)) for x in np.linspace(0, 0.85, n)]

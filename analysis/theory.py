@@ -43,10 +43,10 @@ def warmup_factor(warmup: Warmup, t: ArrayLike, beta2: float | None = None) -> F
 
 
 def psi_variance(rho: ArrayLike, sigma: float = 1.0) -> Floats:
-    """Exact variance of the adaptive rate psi = sqrt(rho / sum of rho squared gradients), gradients N(0, sigma^2).
+    """Exact variance of the adaptive rate psi = sqrt(rho / (g_1^2 + ... + g_rho^2)), g_i ~ N(0, sigma^2).
 
-    Var[psi] = (rho / (rho - 2) - rho / 2 (Gamma((rho - 1) / 2) / Gamma(rho / 2))^2) / sigma^2, the form with a
-    beta function in the source rewritten by the duplication formula. Log-gamma keeps it accurate to 1e-6
+    Var[psi] = (rho / (rho - 2) - rho / 2 (Gamma((rho - 1) / 2) / Gamma(rho / 2))^2) / sigma^2, the form with
+    a beta function in the source rewritten by the duplication formula. Log-gamma keeps it accurate to 1e-6
     relative at rho = 10^4. NaN where rho <= 2 (no variance); the source uses it for rho > 4 only.
 
     Source: Liu et al. 2020, Eq. 2.
@@ -80,8 +80,8 @@ def effective_length(t: ArrayLike, beta2: float) -> Floats:
     """Number of independent terms whose simple mean varies as much as Adam's vhat_t, in steps.
 
     (sum of weights)^2 / (sum of squared weights) = rho_inf (1 - beta2^t) / (1 + beta2^t), for the weights
-    beta2^(t - i). rho_t, which matches the centre of mass of the weights instead, has the same limit and is up
-    to 12 % shorter on the way, near t = 1.5 / (1 - beta2). Kish's effective sample size; not in the source.
+    beta2^(t - i). rho_t, which matches the centre of mass of the weights instead, has the same limit and is
+    up to 12 % shorter on the way, near t = 1.5 / (1 - beta2). Kish's effective sample size; not in the source.
     """
     decayed = beta2 ** np.asarray(t, dtype=np.float64)
     return rectifier.rho_infinity(beta2) * (1 - decayed) / (1 + decayed)
@@ -125,8 +125,8 @@ def effective_period(warmup: Warmup, beta2: float | None = None, first: int = 1)
 
 
 def linear_period(tau: float) -> float:
-    """Closed form of T for min(1, t / tau): with n = floor(tau), n - n (n + 1) / (2 tau); (tau - 1) / 2 for whole
-    tau. The untuned tau = 2 / (1 - beta2) gives 1 / (1 - beta2) - 1 / 2."""
+    """Closed form of T for min(1, t / tau): with n = floor(tau), n - n (n + 1) / (2 tau); (tau - 1) / 2 for
+    whole tau. The untuned tau = 2 / (1 - beta2) gives 1 / (1 - beta2) - 1 / 2."""
     n = math.floor(tau)
     return n - n * (n + 1) / (2 * tau)
 
@@ -160,8 +160,8 @@ def simulate_psi(
 ) -> PsiVariance:
     """Monte-Carlo variance of the adaptive rate, raw and rectified, over independent trajectories.
 
-    psi_t = sqrt((1 - beta2^t) / v_t), v_t = beta2 v_{t-1} + (1 - beta2) g_t^2, g_t ~ N(mu, sigma^2) independent:
-    Adam's own exponential average, not the simple average by which the theory approximates it.
+    psi_t = sqrt((1 - beta2^t) / v_t), v_t = beta2 v_{t-1} + (1 - beta2) g_t^2, g_t ~ N(mu, sigma^2), all
+    independent: Adam's own exponential average, not the simple one by which the theory approximates it.
 
     For mu = 0 the true variance is infinite at t <= 2 and the estimator's own variance at t <= 4: there the
     numbers mean nothing, and at t = 5 they still scatter by tens of per cent. The defaults are those of the
@@ -204,10 +204,10 @@ def simulate_updates(
     iterations: int = 1000,
     seed: int = 0,
 ) -> UpdateMagnitude:
-    """|mhat_t| / (sqrt(vhat_t) + eps) of Adam for independent gradients g_t ~ N(0, sigma^2), over coordinates.
+    """|mhat_t| / (sqrt(vhat_t) + eps) of Adam over coordinates, for independent g_t ~ N(0, sigma^2).
 
-    A simulated local minimum: gradients are noise alone. The default scale is a variance of 1e-9, at which eps
-    does not matter. The median's own error is about 0.9 % at 20 000 coordinates.
+    A simulated local minimum: gradients are noise alone. The default scale is a variance of 1e-9, at which
+    eps does not matter. The median's own error is about 0.9 % at 20 000 coordinates.
 
     Source: the argument of Ma & Yarats 2021, whose exact settings could not be obtained.
     """
@@ -229,8 +229,8 @@ def simulate_updates(
 
 def stationary_update(beta1: float) -> float:
     """Median of |mhat| / sqrt(vhat) once both averages are stationary, for zero-mean independent Gaussian
-    gradients and beta2 near 1: .6745 sqrt((1 - beta1) / (1 + beta1)), since Var[m] = (1 - beta1) / (1 + beta1)
-    sigma^2 and vhat = sigma^2. 0.1547 at beta1 = .9."""
+    gradients and beta2 near 1: .6745 sqrt((1 - beta1) / (1 + beta1)), since
+    Var[m] = sigma^2 (1 - beta1) / (1 + beta1) and vhat = sigma^2. 0.1547 at beta1 = .9."""
     return NORMAL_MEDIAN * math.sqrt((1 - beta1) / (1 + beta1))
 
 

@@ -161,14 +161,14 @@ class Engine(torch.optim.Optimizer):
         return _factors(self.warmup, self.decay, self.steps, beta2, chunk)[offset]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. A closure re-evaluates the model and returns the loss, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with_grad = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        everything = list(itertools.chain.from_iterable(with_grad))
+        everything: list[Any] = list(itertools.chain.from_iterable(with_grad))
         if not everything:
             warnings.warn(
                 "no parameter of this optimizer has a gradient: nothing is updated. If the model's "
@@ -195,16 +195,14 @@ class Engine(torch.optim.Optimizer):
                 self._advance(rule, group, list(same), _coefficients(rule, t), lr)
         return loss
 
-    def _advance(
-        self, rule: Rule, group: dict[str, Any], params: list[Tensor], c: dict[str, float], lr: float
-    ) -> None:
-        mode, decay = group["weight_decay_mode"], group["weight_decay"]
-        mode = "none" if decay == 0 else mode
+    def _advance(self, rule: Rule, group: dict[str, Any], params: list[Any], c: dict[str, float], lr: float) -> None:
+        decay = group["weight_decay"]
+        mode: WeightDecayMode = group["weight_decay_mode"] if decay else "none"
         if self.execution == "eager" or not rule.elementwise:
             states = [{k: v for k, v in self.state[p].items() if k != "step"} for p in params]
             self._update(rule, mode, params, [p.grad for p in params], states, c, lr, decay)
             return
-        alike: dict[Any, list[Tensor]] = {}
+        alike: dict[Any, list[Any]] = {}
         for p in params:
             alike.setdefault((p.dtype, p.device), []).append(p)
         for same in alike.values():

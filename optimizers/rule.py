@@ -121,6 +121,10 @@ class Wrapper(Rule):
         return self.inner.own_warmup
 
     @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        return self.inner.elementwise
+
+    @property
     def weight_decay_mode(self) -> WeightDecayMode:  # type: ignore[override]
         return self.inner.weight_decay_mode
 

@@ -104,7 +104,7 @@ def restore(folder: Path, store: Store) -> tuple[int, int]:
         records = json.loads(zlib.decompress(base64.b64decode(histories.schema.metadata[RECORDS])))
     except FileNotFoundError:
         raise UserError(f"nothing to restore: {path} is not there") from None
-    except (pa.ArrowInvalid, KeyError, ValueError, OSError, zlib.error) as error:
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError, zlib.error) as error:
         raise UserError(f"cannot restore from {path}: {str(error).splitlines()[0]}") from None
     tables = {"history": histories.to_pandas()}
     for other in sorted(folder.glob("*.parquet")):

@@ -65,6 +65,14 @@ class Probes:
         names = [f.name for f in dataclasses.fields(Probes)]
         return all(wanted.steps(name, total) <= self.steps(name, total) for name in names)
 
+    def with_those_of(self, other: "Probes", total: int) -> "Probes":
+        """All measurements of both: two experiments that share a run and ask for different ones agree on this."""
+        return Probes(**{
+            f.name: getattr(self, f.name) if other.steps(f.name, total) <= self.steps(f.name, total)
+            else tuple(sorted(self.steps(f.name, total) | other.steps(f.name, total)))
+            for f in dataclasses.fields(Probes)
+        })  # fmt: skip
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Run:
@@ -178,7 +186,7 @@ class Place:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()  # meta has no values
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {self.device!r} is not there: {first_line(error)}") from None
         return device
@@ -225,6 +233,8 @@ def from_config(config: DictConfig) -> tuple[Run, Place]:
 
 def _named(settings: dict[str, Any], key: str, table: Any) -> Any:
     """The object that ``{name: ..., fields}`` under a key describes."""
+    if not isinstance(settings.get(key), dict):
+        raise UserError(f"{key}: one is needed{nearest('', table)}")
     values = dict(settings[key])
     name = values.pop("name", None)
     if name not in table:
@@ -245,8 +255,9 @@ def build(kind: Any, values: dict[str, Any], where: str) -> Any:
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"])
+        # Where alternatives were tried, the one that got furthest; its loc names the alternatives too.
+        first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+        path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         given = f" (got {first['input']!r})" if first["loc"] and first["type"] != "missing" else ""
@@ -267,11 +278,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+_COMPOSING = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+"""What Hydra raises for a bad override: its own exceptions, and plain ones for ``optimizer=null``."""
+
+
 def _compose(overrides: list[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose("run", overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+        except _COMPOSING as error:
             raise UserError(_explain(overrides, error)) from None
 
 
@@ -282,10 +297,10 @@ def _explain(overrides: list[str], error: Exception) -> str:
         try:
             compose("run", overrides=[*fitting, text])
             fitting.append(text)
-        except (HydraException, OmegaConfBaseException) as one:
+        except _COMPOSING as one:
             try:
                 key = OverridesParser.create().parse_override(text).key_or_group
-            except HydraException:
+            except _COMPOSING:
                 return f"{text!r} is not of the form key=value"
             group = key.partition("@")[0]
             options = [path.stem for path in (CONF / group).glob("*.yaml")]

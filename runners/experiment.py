@@ -108,8 +108,8 @@ class Cell:
     run: Run
 
 
-Lookup = Callable[[Run], dict[str, Any] | None]
-"""Gives the summary of a finished run, or None."""
+Lookup = Callable[[Cell], dict[str, Any] | None]
+"""Gives the summary of a cell's run if it is finished, or None."""
 
 
 class Design:
@@ -118,6 +118,7 @@ class Design:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.base: dict[tuple[str, str], Run] = {}
+        self._blocks: dict[tuple[Any, ...], list[Cell]] = {}
         for task, plan in experiment.tasks.items():
             for arm, overrides in experiment.arms.items():
                 words = [f"task={task}", *experiment.overrides, *plan.overrides, *overrides]  # later ones win
@@ -133,17 +134,14 @@ class Design:
         experiment, plan = self.experiment, self.experiment.tasks[task]
         reference = experiment.reference
 
-        def block(stage: Stage, arms: list[str], lr: float, count: int) -> Iterator[Cell]:
-            for seed in range(SEEDS[stage], SEEDS[stage] + count):
-                for arm in arms:
-                    run = self.base[arm, task].replace(lr=lr, seed=seed)
-                    yield Cell(stage, arm, task, lr, seed, run)
+        def block(stage: Stage, arms: list[str], lr: float, count: int) -> list[Cell]:
+            return self._block(stage, task, tuple(arms), lr, count)
 
         tuning = [c for lr in plan.lrs for c in block("tuning", list(experiment.arms), lr, plan.tuning_seeds)]
         yield from tuning
         best: dict[str, float] = {}
         for arm in experiment.arms:
-            values = [(c.lr, lookup(c.run)) for c in tuning if c.arm == arm]
+            values = [(c.lr, lookup(c)) for c in tuning if c.arm == arm]
             if any(summary is None for _, summary in values):
                 return
             best[arm] = best_lr([(lr, s) for lr, s in values if s is not None])
@@ -153,11 +151,22 @@ class Design:
         yield from block("test", list(experiment.arms), primary, plan.test_seeds)
         if plan.high_lr is not None and plan.high_lr != primary:
             probed = [c.arm for c in experiment.claims.values() if c.kind == "sensitivity" and c.arm is not None]
-            yield from block("high", [reference, *probed], plan.high_lr, plan.test_seeds)
+            yield from block("high", list(dict.fromkeys([reference, *probed])), plan.high_lr, plan.test_seeds)
         for arm, lr in best.items():
             if lr != primary:
                 yield from block("own", [arm], lr, plan.own_seeds)
         yield from block("control", [reference], primary, plan.control_seeds)
+
+    def _block(self, stage: Stage, task: str, arms: tuple[str, ...], lr: float, count: int) -> list[Cell]:
+        """All arms at one lr on a stage's seeds. Kept: a sweep asks again after every run."""
+        key = (stage, task, arms, lr)
+        if key not in self._blocks:
+            self._blocks[key] = [
+                Cell(stage, arm, task, lr, seed, self.base[arm, task].replace(lr=lr, seed=seed))
+                for seed in range(SEEDS[stage], SEEDS[stage] + count)
+                for arm in arms
+            ]
+        return self._blocks[key]
 
     def size(self) -> dict[str, dict[Stage, int]]:
         """Runs of each task and stage; of ``own`` and ``high`` the most there can be."""
@@ -224,5 +233,8 @@ def read(path: Path) -> Experiment:
     for key, kind in (("tasks", TaskPlan), ("claims", Claim)):
         entries = settings.get(key)
         if isinstance(entries, dict):
-            settings[key] = {n: build(kind, dict(v or {}), f"{where}: {key}.{n}") for n, v in entries.items()}
+            for n, v in entries.items():
+                if not isinstance(v, dict):
+                    raise UserError(f"{where}: {key}.{n}: not a mapping of keys")
+            settings[key] = {n: build(kind, v, f"{where}: {key}.{n}") for n, v in entries.items()}
     return build(Experiment, {"name": path.stem, **settings}, where)

@@ -69,11 +69,9 @@ class Sweep:
 
     def cells(self) -> list[tuple[Cell, str]]:
         """Every cell that is determined so far, with its run's id."""
-        # A run's id needs its task's name in the experiment; the design hands over runs, so ask by its cells.
-        names = {id(run.task): task for (_, task), run in self.design.base.items()}
 
-        def lookup(run: Run) -> dict[str, Any] | None:
-            return self.summary(run.id(self.fingerprints[names[id(run.task)]]), run)
+        def lookup(cell: Cell) -> dict[str, Any] | None:
+            return self.summary(self.run_id(cell), cell.run)
 
         return [(cell, self.run_id(cell)) for cell in self.design.cells(lookup)]
 

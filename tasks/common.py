@@ -23,9 +23,7 @@ def steps_per_epoch(size: int, batch_size: int) -> int:
     return size // batch_size
 
 
-def shuffled(
-    size: int, batch_size: int, seed: int, start: int, device: torch.device
-) -> Iterator[tuple[int, Tensor]]:
+def shuffled(size: int, batch_size: int, seed: int, start: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """(epoch, indices on the device) of steps start+1, start+2, ..., without replacement in an epoch."""
     per_epoch = steps_per_epoch(size, batch_size)
     epoch, first = divmod(start, per_epoch)

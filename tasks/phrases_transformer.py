@@ -99,9 +99,7 @@ class PhrasesTransformer(Task):
         self.device = device
         parts = (tensor for split in splits.values() for tensor in (split.source, split.target))
         self.digest = digest("\n".join(self.vocabulary), *parts)
-        self.data = {
-            name: Batch(*(to_device(tensor, device) for tensor in split)) for name, split in splits.items()
-        }
+        self.data = {name: Batch(*(to_device(tensor, device) for tensor in split)) for name, split in splits.items()}
 
     def fingerprint(self) -> str:
         return self.digest
@@ -266,9 +264,7 @@ def encode() -> tuple[list[str], dict[Split, Batch]]:
     for name, pairs in splits.items():
         rows = [(tokens(pair.source), [*tokens(pair.target), END]) for pair in pairs]
         rows = [(source, target) for source, target in rows if max(len(source), len(target)) <= LENGTH]
-        source, target = (
-            torch.tensor([row[i] + [PAD] * (LENGTH - len(row[i])) for row in rows]) for i in (0, 1)
-        )
+        source, target = (torch.tensor([row[i] + [PAD] * (LENGTH - len(row[i])) for row in rows]) for i in (0, 1))
         before = F.pad(target[:, :-1], (1, 0), value=BEGIN)
         # <eos> is only a target.
         batches[name] = Batch(source, before.masked_fill(before == END, PAD), target)

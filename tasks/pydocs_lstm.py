@@ -98,9 +98,7 @@ class PydocsLSTM(Task):
         return self.digest
 
     def model(self) -> nn.Module:
-        model = LSTMLanguageModel(
-            len(self.words), self.width, self.layers, self.batch_size, self.tied, self.dropout
-        )
+        model = LSTMLanguageModel(len(self.words), self.width, self.layers, self.batch_size, self.tied, self.dropout)
         return model.to(self.device)
 
     def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
@@ -181,11 +179,7 @@ def encode(min_count: int) -> tuple[list[str], dict[Split, Tensor]]:
     """The vocabulary, most frequent words first, and the splits as numbers."""
     splits = read()
     counts = Counter(splits["train"])
-    frequent = sorted(
-        (w for w in counts if counts[w] >= min_count and w != END), key=lambda w: (-counts[w], w)
-    )
+    frequent = sorted((w for w in counts if counts[w] >= min_count and w != END), key=lambda w: (-counts[w], w))
     vocabulary = [UNKNOWN, END, *frequent]
     index = {word: i for i, word in enumerate(vocabulary)}
-    return vocabulary, {
-        name: torch.tensor([index.get(word, 0) for word in words]) for name, words in splits.items()
-    }
+    return vocabulary, {name: torch.tensor([index.get(word, 0) for word in words]) for name, words in splits.items()}

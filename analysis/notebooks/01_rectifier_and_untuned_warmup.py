@@ -74,23 +74,21 @@ save(figure, pd.concat(rows), FOLDER, "warmup_factors")
 
 # %%
 gap = np.unique(np.append(np.geomspace(1e-1, 1e-4, 31), [0.1, 0.02, 0.01, 0.001, 0.0001]))[::-1]
-rows = []
+periods = []
 for beta2 in 1 - gap:
     adaptive = theory.first_adaptive_step(beta2)
     for name, (label, warmup) in WARMUPS.items():
         first = adaptive if name == "rectifier" else 1
-        rows.append((beta2, name, label, theory.effective_period(warmup, beta2, first)))
+        periods.append((beta2, name, label, theory.effective_period(warmup, beta2, first)))
     period = theory.effective_period(Rectifier(), beta2)
-    rows.append((beta2, "rectifier_with_idle_steps", "rectifier, idle steps counted", period))
-table = pd.DataFrame(rows, columns=["beta2", "warmup", "label", "period"]).drop_duplicates(
-    ["beta2", "warmup"]
-)
+    periods.append((beta2, "rectifier_with_idle_steps", "rectifier, idle steps counted", period))
+table = pd.DataFrame(periods, columns=["beta2", "warmup", "label", "period"]).drop_duplicates(["beta2", "warmup"])
 table["relative"] = table.period * (1 - table.beta2)
 
 figure, (top, bottom) = panels(rows=2, size=(4.6, 2.1), share_x=True, heights=(1.25, 1))
-for (name, label), group in table.groupby(["warmup", "label"], sort=False):
-    look = LOOKS.get(name, {"color": SKY, "linestyle": ":"})
-    top.plot(1 - group.beta2, group.period, label=label, **look)
+for curve, group in table.groupby("warmup", sort=False):
+    look = LOOKS.get(curve, {"color": SKY, "linestyle": ":"})
+    top.plot(1 - group.beta2, group.period, label=group.label.iloc[0], **look)
     bottom.plot(1 - group.beta2, group.relative, **look)
 top.set(xscale="log", yscale="log", ylabel="effective period $T$ (steps)")
 top.invert_xaxis()
@@ -127,27 +125,21 @@ points["relative"] = points.variance / theory.psi_variance(points.rho)
 table = pd.concat(
     [
         pd.DataFrame({"curve": "exact", "rho": grid, "variance": exact, "relative": 1.0}),
-        pd.DataFrame(
-            {"curve": "first_order", "rho": grid, "variance": first_order, "relative": first_order / exact}
-        ),
+        pd.DataFrame({"curve": "first_order", "rho": grid, "variance": first_order, "relative": first_order / exact}),
         points.assign(curve="simulated"),
     ]
 )
 
+curve_exact, curve_first, curve_simulated = (
+    table[table.curve == curve] for curve in ("exact", "first_order", "simulated")
+)
 figure, (top, bottom) = panels(rows=2, size=(4.6, 2.1), share_x=True, heights=(1.25, 1))
 for ax, column in ((top, "variance"), (bottom, "relative")):
-    for (curve, label), look in {
-        ("exact", "exact (Eq. 2)"): {"color": BLUE},
-        ("first_order", "first order (Eq. 5)"): {"color": VERMILION, "linestyle": "--"},
-        ("simulated", "simulated, Adam's average"): {
-            "color": BLACK,
-            "linestyle": "",
-            "marker": "o",
-            "mfc": "none",
-        },
-    }.items():
-        part = table[table.curve == curve]
-        ax.plot(part.rho, part[column], label=label, **look)
+    ax.plot(curve_exact.rho, curve_exact[column], color=BLUE, label="exact (Eq. 2)")
+    ax.plot(curve_first.rho, curve_first[column], color=VERMILION, linestyle="--", label="first order (Eq. 5)")
+    ax.plot(
+        curve_simulated.rho, curve_simulated[column], "o", color=BLACK, mfc="none", label="simulated, Adam's average"
+    )
 top.set(xscale="log", yscale="log", ylabel="Var[$\\psi$] $\\cdot$ $\\sigma^2$")
 top.legend(loc="upper right")
 bottom.set(ylabel="relative to exact", xlabel="length of the average $\\rho$ (steps)", ylim=(0.8, 3.5))
@@ -178,9 +170,7 @@ for i, (mu, colour) in enumerate(zip(MEANS, shades(len(MEANS)), strict=True)):
     for ax, values in zip(axes, (raw, rectified, relative), strict=True):
         # The small means coincide; a thinner line on top of a thicker one shows them all.
         ax.plot(t, values, color=colour, label=f"{mu:g}", linewidth=3.2 - 0.45 * i)
-    rows.append(
-        pd.DataFrame({"mu": f"{mu:g}", "t": t, "raw": raw, "rectified": rectified, "relative": relative})
-    )
+    rows.append(pd.DataFrame({"mu": f"{mu:g}", "t": t, "raw": raw, "rectified": rectified, "relative": relative}))
 for label, length, line in (
     ("Eq. 2 at $\\rho_t$", theory.rho(t, 0.999), "--"),
     ("Eq. 2 at matched length", theory.effective_length(t, 0.999), ":"),
@@ -189,9 +179,7 @@ for label, length, line in (
     rectified = theory.rectification(t, 0.999) ** 2 * raw
     axes[2].plot(t, rectified / limit, color=BLACK, linestyle=line, linewidth=1.2, label=label)
     name = "eq2_rho" if line == "--" else "eq2_matched_length"
-    rows.append(
-        pd.DataFrame({"mu": name, "t": t, "raw": raw, "rectified": rectified, "relative": rectified / limit})
-    )
+    rows.append(pd.DataFrame({"mu": name, "t": t, "raw": raw, "rectified": rectified, "relative": rectified / limit}))
 for ax in axes:
     ax.set(xscale="log", xlabel="step $t$")
     ax.xaxis.set_major_formatter(PLAIN)
@@ -220,30 +208,32 @@ runs = {
 }
 figure, (left, right) = panels(columns=2, size=(3.5, 2.9), share_y=True)
 rows = []
-for (beta1, beta2), run in runs.items():
-    i = every_decade(len(run.t)).astype(int) - 1
-    columns = {"median": run.median[i], "low_10": run.low[i], "high_90": run.high[i], "rms": run.rms[i]}
-    rows.append(pd.DataFrame({"beta1": beta1, "beta2": beta2, "t": i + 1, **columns}))
+for (beta1, beta2), updates in runs.items():
+    at = every_decade(len(updates.t)).astype(int) - 1
+    columns = {
+        "median": updates.median[at],
+        "low_10": updates.low[at],
+        "high_90": updates.high[at],
+        "rms": updates.rms[at],
+    }
+    rows.append(pd.DataFrame({"beta1": beta1, "beta2": beta2, "t": at + 1, **columns}))
 table = pd.concat(rows)
-curves = {key: group for key, group in table.groupby(["beta1", "beta2"])}
+curves = {key: table[(table.beta1 == key[0]) & (table.beta2 == key[1])] for key in runs}
 
 band = curves[0.9, 0.999]
 left.fill_between(
     band.t, band.low_10, band.high_90, color="#E9E9E9", linewidth=0, label="10 to 90 %, $\\beta_2$ = 0.999"
 )
 for beta2, colour, width in zip((0.98, 0.99, 0.999), shades(3), (3.4, 2.2, 1.0), strict=True):
-    curve = curves[0.9, beta2]
-    left.plot(curve.t, curve["median"], color=colour, linewidth=width, label=f"median, $\\beta_2$ = {beta2}")
+    part = curves[0.9, beta2]
+    left.plot(part.t, part["median"], color=colour, linewidth=width, label=f"median, $\\beta_2$ = {beta2}")
     left.plot(2 / (1 - beta2), 0.00116, marker="v", color=colour, linestyle="", markersize=6, clip_on=False)
-left.axhline(
-    theory.stationary_update(0.9), color=BLACK, linestyle=":", linewidth=1, label="stationary median"
-)
+left.axhline(theory.stationary_update(0.9), color=BLACK, linestyle=":", linewidth=1, label="stationary median")
 left.plot([], [], "v", color=GREY, label="end of untuned linear warmup")
 left.set(title="$\\beta_1$ = 0.9", ylabel="$|\\hat{m}_t| / \\sqrt{\\hat{v}_t}$  (learning rates)")
 for beta1, colour in zip((0.5, 0.9, 0.95, 0.99), shades(4), strict=True):
-    curve = curves[beta1, 0.999]
-    curve = curve[curve.t <= 1000]
-    right.plot(curve.t, curve["median"], color=colour, label=f"median, $\\beta_1$ = {beta1}")
+    part = curves[beta1, 0.999].query("t <= 1000")
+    right.plot(part.t, part["median"], color=colour, label=f"median, $\\beta_1$ = {beta1}")
     right.axhline(theory.stationary_update(beta1), color=colour, linestyle=":", linewidth=1)
 right.set(title="$\\beta_2$ = 0.999 (dotted: stationary median)")
 for ax in (left, right):

@@ -18,9 +18,7 @@ class LSTMLanguageModel(nn.Module):
 
     carried: Tensor
 
-    def __init__(
-        self, vocabulary: int, width: int, layers: int, streams: int, tied: bool, dropout: float
-    ) -> None:
+    def __init__(self, vocabulary: int, width: int, layers: int, streams: int, tied: bool, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.lstm = nn.LSTM(width, width, layers, dropout=dropout if layers > 1 else 0.0)

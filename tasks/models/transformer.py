@@ -68,11 +68,7 @@ class Residual(nn.Module):
     ) -> Tensor:
         y = self.norm(x) if self.pre_ln else x
         # Only attention looks at other positions.
-        y = (
-            self.sublayer(y)
-            if isinstance(self.sublayer, FeedForward)
-            else self.sublayer(y, source, mask, causal)
-        )
+        y = self.sublayer(y) if isinstance(self.sublayer, FeedForward) else self.sublayer(y, source, mask, causal)
         x = x + self.dropout(y)
         if not self.pre_ln:
             x = self.norm(x)

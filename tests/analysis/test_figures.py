@@ -26,14 +26,15 @@ figures.save(figure, table, pathlib.Path(sys.argv[1]), "example")
 """
 
 
-def draw(folder: Path, seed: str) -> dict[str, bytes]:
-    environment = {**os.environ, "PYTHONHASHSEED": seed}
-    subprocess.run([sys.executable, "-c", DRAW, str(folder)], check=True, env=environment)
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def test_another_process_writes_the_same_bytes(tmp_path):
-    first, second = draw(tmp_path / "a", "1"), draw(tmp_path / "b" / "deep", "2")
+def test_another_process_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["here", str(tmp_path / "here")])
+    exec(DRAW, {})
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", DRAW, tmp_path / "new" / "there"], check=True, env=environment)
+    first, second = (
+        {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        for folder in (tmp_path / "here", tmp_path / "new" / "there")
+    )
     assert list(first) == ["example.csv", "example.pdf", "example.png"]
     assert first == second
     assert b"CreationDate" not in first["example.pdf"]

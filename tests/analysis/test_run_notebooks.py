@@ -8,7 +8,7 @@ import pytest
 for needed in ("jupytext", "nbclient", "ipykernel"):
     pytest.importorskip(needed)
 
-from analysis import run_notebooks
+run_notebooks = pytest.importorskip("analysis.run_notebooks")
 
 GOOD = """
 # %% [markdown]
@@ -37,9 +37,7 @@ def notebooks(tmp_path, monkeypatch):
 
 def test_runs_in_this_interpreter_without_a_home(notebooks, tmp_path, capfd):
     assert run_notebooks.main(["01", "--results", "written"]) == 0
-    assert (tmp_path / "written" / "seen").read_text() == (
-        f"{sys.executable}|notebooks|{tmp_path / 'nowhere'}"
-    )
+    assert (tmp_path / "written" / "seen").read_text() == (f"{sys.executable}|notebooks|{tmp_path / 'nowhere'}")
     out, _ = capfd.readouterr()
     assert out.startswith("01_good: ")
     assert out.endswith(" s\n")

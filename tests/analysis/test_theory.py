@@ -14,9 +14,7 @@ BETAS = (0.9, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
 
 
 def test_rho_and_rectifier_at_the_published_steps():
-    assert theory.rho([1, 2, 3, 4, 5, 6], 0.999) == pytest.approx(
-        [1.0, 1.9995, 2.9987, 3.9975, 4.996, 5.994], abs=6e-4
-    )
+    assert theory.rho([1, 2, 3, 4, 5, 6], 0.999) == pytest.approx([1.0, 1.9995, 2.9987, 3.9975, 4.996, 5.994], abs=6e-4)
     t = [5, 6, 10, 50, 100, 200, 500, 1000, 2000, 3000, 5000]
     published = [0.0173, 0.0258, 0.0490, 0.148, 0.215, 0.307, 0.477, 0.645, 0.828, 0.918, 0.983]
     assert theory.rectification(t, 0.999) == pytest.approx(published, abs=6e-4)
@@ -29,12 +27,8 @@ def test_rho_and_rectifier_at_the_published_steps():
 def test_variance_at_the_published_lengths():
     rho = np.array([5, 6, 8, 10, 20, 50, 100, 500])
     exact, first = theory.psi_variance(rho), theory.psi_variance_first_order(rho)
-    assert exact == pytest.approx(
-        [0.2520, 0.1746, 0.1062, 0.0755, 0.0304, 0.01079, 0.005193, 0.0010075], rel=1.5e-3
-    )
-    assert first == pytest.approx(
-        [0.8333, 0.3750, 0.1667, 0.1042, 0.0347, 0.01132, 0.005315, 0.0010121], rel=1.5e-3
-    )
+    assert exact == pytest.approx([0.2520, 0.1746, 0.1062, 0.0755, 0.0304, 0.01079, 0.005193, 0.0010075], rel=1.5e-3)
+    assert first == pytest.approx([0.8333, 0.3750, 0.1667, 0.1042, 0.0347, 0.01132, 0.005315, 0.0010121], rel=1.5e-3)
     assert first / exact == pytest.approx([3.31, 2.15, 1.57, 1.38, 1.14, 1.05, 1.02, 1.005], abs=6e-3)
     assert exact[0] / exact[-1] == pytest.approx(250, abs=0.5)
     assert first[0] / first[-1] == pytest.approx(823, abs=0.5)
@@ -72,8 +66,14 @@ def test_untuned_periods(beta2):
 
 @pytest.mark.parametrize(
     ("beta2", "adaptive", "all_steps"),
-    [(0.9, 9.9, 13.9), (0.98, 51.3, 55.3), (0.99, 102.9, 106.9), (0.999, 1029.3, 1033.3), (0.9999, 10292, 10296)],
-)  # fmt: skip
+    [
+        (0.9, 9.9, 13.9),
+        (0.98, 51.3, 55.3),
+        (0.99, 102.9, 106.9),
+        (0.999, 1029.3, 1033.3),
+        (0.9999, 10292, 10296),
+    ],
+)
 def test_period_of_the_rectifier_in_both_conventions(beta2, adaptive, all_steps):
     first = theory.first_adaptive_step(beta2)
     assert first == 5
@@ -85,12 +85,8 @@ def test_period_of_the_rectifier_in_both_conventions(beta2, adaptive, all_steps)
 
 @pytest.mark.parametrize("tau", [0.4, 1.0, 7.3, 2000.0])
 def test_periods_of_tuned_warmups(tau):
-    assert theory.effective_period(Linear(tau)) == pytest.approx(
-        theory.linear_period(tau), rel=1e-9, abs=1e-12
-    )
-    assert theory.effective_period(Exponential(tau)) == pytest.approx(
-        theory.exponential_period(tau), rel=1e-9
-    )
+    assert theory.effective_period(Linear(tau)) == pytest.approx(theory.linear_period(tau), rel=1e-9, abs=1e-12)
+    assert theory.effective_period(Exponential(tau)) == pytest.approx(theory.exponential_period(tau), rel=1e-9)
     assert theory.effective_period(Warmup()) == 0
 
 
@@ -115,15 +111,13 @@ def test_effective_length_is_that_of_the_weights():
 def test_simulated_variance_follows_theory_and_the_published_run():
     run = theory.simulate_psi(trajectories=5000, iterations=1000, seed=1)
     at = np.array([10, 50, 500]) - 1
-    # Sampling error of a variance over 5000 trajectories: 2 % for normal psi, more in the heavy tails of t = 10.
+    # Sampling error of a variance over 5000 trajectories: 2 % for normal psi, more for the tails at t = 10.
     assert run.raw[at] == pytest.approx([7.5e-2, 1.07e-2, 1.0e-3], rel=0.1)
     assert run.rectified[at] == pytest.approx([1.8e-4, 2.35e-4, 2.3e-4], rel=0.1)
     assert run.raw[4] == pytest.approx(0.24, rel=0.3)  # barely has a variance of its own
     assert run.rectified == pytest.approx(theory.rectification(run.t, 0.999) ** 2 * run.raw)
     late = slice(19, None)
-    assert run.raw[late] == pytest.approx(
-        theory.psi_variance(theory.effective_length(run.t[late], 0.999)), rel=0.12
-    )
+    assert run.raw[late] == pytest.approx(theory.psi_variance(theory.effective_length(run.t[late], 0.999)), rel=0.12)
 
 
 def test_simulated_variance_with_a_mean_and_a_scale():

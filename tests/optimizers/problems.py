@@ -58,9 +58,7 @@ def run(
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     """Whether two lists of tensors are the same to the bit."""
-    return len(a) == len(b) and all(
-        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:

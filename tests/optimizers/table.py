@@ -49,9 +49,7 @@ def authors(file: str, case: str) -> Reference:
         shapes = [p.shape for p in start()]
         params = json.loads(text)["cases"][case]["params"]
         return {
-            int(t): [
-                torch.tensor(v, dtype=torch.float64).reshape(s) for v, s in zip(both, shapes, strict=True)
-            ]
+            int(t): [torch.tensor(v, dtype=torch.float64).reshape(s) for v, s in zip(both, shapes, strict=True)]
             for t, both in params.items()
         }
 
@@ -173,9 +171,7 @@ ROWS = [
     ),
     Row("radam", B, paper(recurrences.radam(LR, 0.9, 0.99, 0.02)), DECAY, rosenbrock=0.005),
     # The limit of rho is 3 here, so every step is a momentum step.
-    Row(
-        "radam", {"beta2": 0.5}, paper(recurrences.radam(LR, 0.9, 0.5, 0.0)), quadratic=0.05, rosenbrock=0.001
-    ),
+    Row("radam", {"beta2": 0.5}, paper(recurrences.radam(LR, 0.9, 0.5, 0.0)), quadratic=0.05, rosenbrock=0.001),
     Row(
         "radam",
         {**B, "variant": "torch"},

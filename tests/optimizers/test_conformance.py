@@ -47,9 +47,7 @@ def test_matches_its_reference(row: Row, execution: str) -> None:
     assert max(expected) == STEPS
     for t, reference in expected.items():
         for ours, theirs in zip(seen[t], reference, strict=True):
-            torch.testing.assert_close(
-                ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, t=t: f"step {t}: {m}"
-            )
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, t=t: f"step {t}: {m}")
 
 
 @every_row

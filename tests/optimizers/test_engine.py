@@ -2,15 +2,18 @@
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
 
 import optimizers
 from optimizers import Engine, decays, warmups
+from optimizers.engine import engine_of
+from optimizers.rule import SCHEMA, Rule, Scalars, State
 from tests.optimizers.problems import difference, equal, gradients, run, start
 from tests.optimizers.table import LR
 
@@ -32,9 +35,7 @@ def one(value: float) -> list[nn.Parameter]:
     ],
 )
 @pytest.mark.parametrize("execution", ["eager", "flat", "compiled"])
-def test_weight_decay_modes(
-    mode: str, expected: float, execution: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weight_decay_modes(mode: str, expected: float, execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optimizers.engine.BACKEND", "eager")
     params = one(2.0)
     options: dict[str, Any] = {"weight_decay": 0.2, "weight_decay_mode": mode, "execution": execution}
@@ -45,9 +46,7 @@ def test_weight_decay_modes(
     assert params[0].item() == pytest.approx(expected, rel=1e-14)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [("Adam", "coupled"), ("AdamW", "decoupled"), ("Adan", "proximal")]
-)
+@pytest.mark.parametrize(("name", "mode"), [("Adam", "coupled"), ("AdamW", "decoupled"), ("Adan", "proximal")])
 def test_the_mode_of_the_authors_is_the_default(name: str, mode: str) -> None:
     assert getattr(optimizers, name)(start()).param_groups[0]["weight_decay_mode"] == mode
 
@@ -238,9 +237,7 @@ def test_flat_execution_leaves_parameters_and_gradients_where_they_are() -> None
         grads = [p.grad for p in params]
         optimizer.step()
         other.step()
-        assert all(
-            p.grad is g and torch.equal(g, q.grad) for p, g, q in zip(params, grads, others, strict=True)
-        )
+        assert all(p.grad is g and torch.equal(g, q.grad) for p, g, q in zip(params, grads, others, strict=True))
     assert [(p.data_ptr(), p.stride()) for p in params] == places
     assert difference([p.detach() for p in params], [p.detach() for p in others]) < 1e-6
     assert [optimizer.state[p]["m"].shape for p in params] == [p.shape for p in params]
@@ -280,6 +277,27 @@ def test_flat_execution_with_several_dtypes_and_empty_parameters() -> None:
         torch.testing.assert_close(a, b)
 
 
+@dataclass(frozen=True, config=SCHEMA)
+class Normalized(Rule):
+    """g / |g|, which needs a whole tensor."""
+
+    elementwise: ClassVar[bool] = False
+
+    def update(self, p: Tensor, g: Tensor, state: State, c: Scalars) -> Tensor:
+        return g / g.norm()
+
+
+def test_flat_execution_takes_a_rule_that_is_not_elementwise_tensor_by_tensor() -> None:
+    ends = []
+    for execution in ("eager", "flat"):
+        params, wrapped = start(), start()
+        run(engine_of(Normalized)(params, lr=0.1, execution=execution), params, 1, 3)
+        run(optimizers.Lookahead(wrapped, lr=0.1, inner=Normalized(), execution=execution), wrapped, 1, 3)
+        ends.append([p.detach() for p in params + wrapped])
+    assert equal(*ends)
+    assert float((start()[0] - ends[0][0]).detach().norm()) == pytest.approx(0.3, rel=0.1)
+
+
 # ---- half precision, copies, checkpoints ----
 
 
@@ -300,9 +318,7 @@ def test_half_precision_is_rounded_once_a_step() -> None:
 
 
 def test_state_of_another_optimizer_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"^this is not the state_dict of Adam: a param group has no 'beta1'$"
-    ):
+    with pytest.raises(ValueError, match=r"^this is not the state_dict of Adam: a param group has no 'beta1'$"):
         optimizers.Adam(start()).load_state_dict(optimizers.SGD(start()).state_dict())
     with pytest.raises(ValueError, match="doesn't match the size"):
         optimizers.Adam(start()).load_state_dict(optimizers.Adam(start()[:1]).state_dict())
@@ -319,9 +335,7 @@ def test_loading_leaves_the_state_dict_alone() -> None:
     other.load_state_dict(saved)
     run(other, others, 4, 6)
     for key, state in kept["state"].items():
-        assert all(
-            torch.equal(torch.as_tensor(v), torch.as_tensor(saved["state"][key][k])) for k, v in state.items()
-        )
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(saved["state"][key][k])) for k, v in state.items())
 
 
 def test_a_copy_accepts_no_new_options() -> None:
@@ -455,9 +469,9 @@ def test_a_group_is_not_changed_by_adding_it() -> None:
 def test_sparse_gradients_and_complex_parameters_are_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
-    with pytest.raises(ValueError, match="^sparse gradients .* are not supported$"):
+    with pytest.raises(ValueError, match=r"^sparse gradients .* are not supported$"):
         optimizers.SGD([p]).step()
     p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="complex parameters are not supported$"):
+    with pytest.raises(ValueError, match=r"complex parameters are not supported$"):
         optimizers.SGD([p]).step()

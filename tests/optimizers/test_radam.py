@@ -111,7 +111,8 @@ def test_a_small_beta2_makes_it_momentum_sgd_throughout(beta2: float) -> None:
 def test_the_authors_trajectories_are_their_arithmetic_in_float32(case: str, idle: bool) -> None:
     """Why the rows of the table do not read these trajectories: they carry float32 rounding (1e-7 a step).
 
-    The same arithmetic in float32 reproduces them, to the bit for 50 steps; in float64 it is the rows' reference.
+    The same arithmetic in float32 reproduces them, to the bit for 50 steps; in float64 it is the reference of
+    the rows.
     """
     params, seen = start(), {}
     optimizer = AuthorsRAdam(params, idle, torch.float32)

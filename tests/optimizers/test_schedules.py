@@ -68,9 +68,7 @@ def test_untuned_linear_reaches_1_at_its_length_rounded_up(beta2: float) -> None
 @pytest.mark.parametrize(("beta2", "length"), [(0.98, 100), (0.99, 200), (0.999, 2000), (0.9995, 4000)])
 def test_untuned_linear_is_not_a_step_short(beta2: float, length: int) -> None:
     # int(2 / (1 - .999)) is 1999: the schedule would be 1999 / 1999 there, not 1999 / 2000.
-    assert warmups.UntunedLinear().factor(at(length - 1), beta2).item() == pytest.approx(
-        1 - 1 / length, rel=1e-12
-    )
+    assert warmups.UntunedLinear().factor(at(length - 1), beta2).item() == pytest.approx(1 - 1 / length, rel=1e-12)
     # As floats, 1 - .9995 is a little less than .0005.
     assert warmups.UntunedLinear().factor(at(length), beta2).item() == pytest.approx(1, abs=1e-12)
 
@@ -98,9 +96,7 @@ def test_effective_periods(beta2: float) -> None:
 
 def test_decays() -> None:
     t = steps(100)
-    assert decays.Linear().factor(t, 100).tolist() == pytest.approx(
-        [1 - (n - 1) / 100 for n in range(1, 101)]
-    )
+    assert decays.Linear().factor(t, 100).tolist() == pytest.approx([1 - (n - 1) / 100 for n in range(1, 101)])
     cosine = decays.Cosine().factor(t, 100)
     assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and 0 < cosine[99] < 3e-4
     stages = decays.Milestones((0.5, 0.75), 0.1).factor(t, 100)
@@ -128,7 +124,7 @@ def test_decays_fall_from_1_and_never_rise_again(name: str, budget: int, at: lis
     [
         (
             lambda: warmups.make("lineer"),
-            r"^no warmup is called 'lineer'; there are: none, linear, exponential",
+            r"^no warmup is called 'lineer'; there are: none, linear, exp",
         ),
         (lambda: decays.make("step"), r"^no decay is called 'step'; there are: constant, linear, cosine"),
         (lambda: warmups.make("linear", tau=0.0), "greater than 0"),
@@ -148,9 +144,7 @@ def test_the_engine_multiplies_the_learning_rate() -> None:
     """AdamW with warmup and decay is torch's AdamW whose lr is set at every step, weight decay included."""
     params = start()
     warmup, decay = warmups.UntunedLinear(), decays.Cosine()
-    optimizer = optimizers.AdamW(
-        params, lr=0.05, beta2=0.95, weight_decay=0.1, warmup=warmup, decay=decay, steps=60
-    )
+    optimizer = optimizers.AdamW(params, lr=0.05, beta2=0.95, weight_decay=0.1, warmup=warmup, decay=decay, steps=60)
     ours = run(optimizer, params, 1, 60)
     params = start()
     theirs = torch.optim.AdamW(params, lr=0.05, betas=(0.9, 0.95), weight_decay=0.1)

@@ -189,9 +189,7 @@ def test_evaluation_gives_the_metrics_and_touches_nothing(task: Task, split: Any
     metrics = task.evaluate(model, split)
     assert {"loss", task.metric} <= set(metrics)
     for value in metrics.values():
-        assert (
-            value.shape == () and value.is_floating_point() and value.isfinite() and not value.requires_grad
-        )
+        assert value.shape == () and value.is_floating_point() and value.isfinite() and not value.requires_grad
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

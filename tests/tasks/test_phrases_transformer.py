@@ -112,9 +112,7 @@ def test_evaluation_equals_one_phrase_at_a_time(
 
 
 @pytest.mark.parametrize("position", [1, 7, 15])
-def test_a_later_target_changes_no_earlier_logit(
-    task: PhrasesTransformer, model: Translator, position: int
-) -> None:
+def test_a_later_target_changes_no_earlier_logit(task: PhrasesTransformer, model: Translator, position: int) -> None:
     source, before, _ = next(task.batches(0))
     changed = before.clone()
     changed[:, position] = 4 + (changed[:, position] + 1) % 100
@@ -166,9 +164,7 @@ def test_translate_gives_text(task: PhrasesTransformer, model: Translator) -> No
     assert len(found) == 3 and all("<" not in phrase for phrase in found)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"width": 33}, {"heads": 5}, {"dropout": -0.1}, {"layers": 0}, {"pre_ln": "maybe"}]
-)
+@pytest.mark.parametrize("fields", [{"width": 33}, {"heads": 5}, {"dropout": -0.1}, {"layers": 0}, {"pre_ln": "maybe"}])
 def test_bad_fields(fields: dict[str, Any]) -> None:
     with pytest.raises(pydantic.ValidationError, match=next(iter(fields))):
         PhrasesTransformer(**fields)
