@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from analysis.style import ARMS, BLACK, GREEN, GREY, PURPLE, VERMILION, looks, panels
 from runners.experiment import SEEDS, Experiment, Stage
@@ -38,7 +38,7 @@ VERDICTS = {
     "not comparable": (PURPLE, ""),
 }
 BAND = "#ECECEC"
-PLAIN = FuncFormatter(lambda x, _: f"{x:g}")
+PLAIN = FuncFormatter(lambda x, _: f"{x:g}".replace("-", "\u2212"))
 VALUES = 90_000
 """About how many losses the table of a figure of training curves holds: it stays below 1 MB."""
 
@@ -57,14 +57,15 @@ def lr_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
         cells["mean"] = cells.groupby(["arm", "lr"]).value.transform("mean")
         primary = _primary(runs, experiment, task)
         lrs = experiment.tasks[task].lrs
-        for arm, shift in zip(experiment.arms, _dodge(len(experiment.arms), 0.3), strict=True):
+        for arm, shift in zip(experiment.arms, _dodge(len(experiment.arms), 0.16), strict=True):
             part = cells[cells.arm == arm].sort_values(["lr", "seed"])
             x = part.lr * _step(lrs) ** shift
             _seeds(ax, x, part, arm_looks[arm])
-            ax.plot(x.groupby(part.lr).first(), part.groupby("lr")["mean"].first(), **arm_looks[arm])
+            look = {**arm_looks[arm], "marker": ""}
+            ax.plot(x.groupby(part.lr).first(), part.groupby("lr")["mean"].first(), **look)
         _worst(ax, cells)
         ax.axvline(primary, color=BLACK, linestyle=":", linewidth=1, zorder=1)
-        ax.set(title=_label(task), ylabel=_metric(cells, "validation"), xscale="log", xlabel="learning rate")
+        ax.set(title=_label(task), ylabel=_metric(cells, "validation", "\n"), xscale="log", xlabel="learning rate")
         _lr_ticks(ax, lrs)
         tables.append(cells.assign(primary_lr=primary))
     table = pd.concat(tables)
@@ -143,8 +144,8 @@ def final_metrics(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
         if _at_worst(cells).any():
             _worst(ax, cells)
         kind = "primary" if stage == "test" else stage
-        ax.set(title=f"{_label(task)}, {kind} lr {cells.lr.iloc[0]:g}", ylabel=_metric(cells, "test"))
-        ax.set_xticks(range(len(shown)), [name.replace(" ", "\n") for name in names])
+        ax.set(title=f"{_label(task)}, {kind} lr {cells.lr.iloc[0]:g}", ylabel=_metric(cells, "test", "\n"))
+        ax.set_xticks(range(len(shown)), [name.replace(" ", "\n") for name in names], size=7)
         ax.set_xlim(-0.55, len(shown) - 0.45)
         ax.grid(visible=False, axis="x")
     table = pd.concat(tables)
@@ -177,49 +178,51 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
     ends = pd.concat([table.low * scaled, table.high * scaled], axis=1)
     table["relative_low"], table["relative_high"] = ends.min(axis=1), ends.max(axis=1)
 
-    lines: list[tuple[str, pd.Series | str]] = []  # a heading's text, or a tick's and its row
+    # A line of the figure is a row of the table, or a piece of a heading with the verdict over all tasks.
+    lines: list[tuple[str, "pd.Series[Any] | None", str]] = []
     for name, claim in experiment.claims.items():
         own = table[table.claim == name]
-        overall = own[~own.task.isin(list(experiment.tasks))]
-        heading = claim.hypothesis
-        if len(overall):
-            heading += f": {overall.verdict.iloc[0]} over all tasks"
-        lines += [("", part) for part in textwrap.wrap(heading, 100)]
+        overall = own[~own.task.isin(list(experiment.tasks))].verdict
+        for i, part in enumerate(textwrap.wrap(claim.hypothesis, 74)):
+            lines.append((part, None, f"{overall.iloc[0]}" if len(overall) and i == 0 else ""))
         for _, row in own[own.task.isin(list(experiment.tasks))].iterrows():
-            lines.append((f"{_label(row.task)}, {row['at']} lr {row.lr:g}", row))
-    figure, (ax,) = panels(size=(8.4, 0.75 + 0.23 * len(lines)))
-    extent = float(np.nanmax([1.0, *table[["relative", "relative_low", "relative_high"]].abs().to_numpy().flat]))
+            lines.append((f"{_label(row.task)}, {row['at']} lr {row.lr:g}", row, ""))
+    figure, (ax,) = panels(size=(10.4, 0.85 + 0.23 * len(lines)))
     ax.axvspan(-1, 1, color=BAND, linewidth=0, zorder=0)
     ax.axvline(0, color=GREY, linewidth=0.7)
-    used: list[str] = []
-    for i, (_, row) in enumerate(lines):
-        if isinstance(row, str):
-            ax.annotate(row, (0, i), (-104, 0), ax.get_yaxis_transform(), "offset points", va="center", weight="bold", size=8)  # fmt: skip
+
+    def write(text: str, y: float, offset: float, x: int = 1, **look: Any) -> None:
+        ax.annotate(text, (x, y), (offset, 0), ax.get_yaxis_transform(), "offset points", va="center", size=8, **look)
+
+    left = -8 - 4.3 * max(len(text) for text, row, _ in lines if row is not None)
+    for i, (text, row, overall) in enumerate(lines):
+        if row is None:
+            blank = {"facecolor": "white", "edgecolor": "none", "pad": 2.5}
+            write(f"{text:<100}", i, left, x=0, weight="bold", bbox=blank)
+            if overall:
+                write(f"{overall} over all tasks", i, 10, weight="bold", color=VERDICTS[overall][0])
             continue
         colour, marker = VERDICTS[row.verdict]
-        used.append(row.verdict)
-        ax.plot([row.relative_low, row.relative_high], [i, i], color=colour, linewidth=1.8, solid_capstyle="butt")
-        ax.plot([row.relative], [i], color=colour, marker=marker, markersize=5)
+        ax.plot([row.relative_low, row.relative_high], [i, i], color=colour, linewidth=2, solid_capstyle="butt")
+        ax.plot([row.relative], [i], color=colour, marker=marker, markersize=4.5)
         numbers, verdict = _in_words(row)
-        for x, text, look in ((1.02, numbers, {}), (1.68, verdict, {"color": colour, "weight": "bold"})):
-            ax.text(x, i, text, transform=ax.get_yaxis_transform(), va="center", size=8, **look)
-    ax.text(
-        1.02, -1, "difference [90 % interval], margin, pairs", transform=ax.get_yaxis_transform(), size=8,
-        va="center", color=GREY,
-    )  # fmt: skip
-    ticks = [(i, text) for i, (text, row) in enumerate(lines) if not isinstance(row, str)]
+        write(verdict, i, 10, color=colour)
+        write(numbers, i, 112)
+    write("verdict", -1, 10, color="#606060")
+    write("arm \u2212 reference [90 % interval], margin, pairs", -1, 112, color="#606060")
+    ticks = [(i, text) for i, (text, row, _) in enumerate(lines) if row is not None]
     ax.set_yticks([i for i, _ in ticks], [text for _, text in ticks])
     ax.set_ylim(len(lines) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("arm worse  $\\leftarrow$   difference / margin   $\\rightarrow$  arm better")
+    extent = float(np.nanmax([1.3, *table[["relative", "relative_low", "relative_high"]].abs().to_numpy().flat]))
     if extent > 2:
-        ax.set_xscale("symlog", linthresh=2, linscale=1)
-        beyond = [b for b in (5, 10, 20, 50, 100, 200, 500, 1000) if b <= extent * 1.3]
-        beyond = beyond if len(beyond) <= 3 else [b for b in beyond if b in (10, 100, 1000)]
+        ax.set_xscale("symlog", linthresh=2, linscale=1.5)
+        beyond = [10**k for k in range(1, 9) if 10**k <= extent * 1.5] or [5 if extent > 4 else 3]
         ax.set_xticks([*(-b for b in reversed(beyond)), -1, 0, 1, *beyond])
         ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlim(-extent * 1.15, extent * 1.15)
+    ax.set_xlim(-extent * 1.5, extent * 1.5)
     ax.xaxis.set_major_formatter(PLAIN)
     return figure, table
 
@@ -255,8 +258,8 @@ def length_heatmap(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
             x, y = place[cell.arm], list(lrs).index(min(lrs, key=lambda lr: abs(lr - cell.lr)))
             shade = colour(scale(cell.mean))
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.5))
-            text = f"{cell.mean:.3g}" + (f"\n{cell.diverged}/{cell.seeds} div." if cell.diverged else "")
-            dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.55
+            text = f"{cell.mean:#.3g}" + (f"\n{cell.diverged}/{cell.seeds} div." if cell.diverged else "")
+            dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.45
             ink = "white" if dark else BLACK
             ax.text(x, y, text, ha="center", va="center", size=7, color=ink, linespacing=1.05)
         if "untuned_linear" in place:
@@ -320,13 +323,16 @@ def length_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
             if _at_worst(cells).any():
                 _worst(ax, cells, labelled=i == 0)
             ax.set(title=f"{_label(task)}, lr {lr:g}", xscale="log", xlabel="warmup length $\\tau$ (steps)")
-            ax.xaxis.set_major_locator(LogLocator())
+            decades = [10.0**k for k in range(-3, 8) if min(taus) <= 10.0**k <= max(taus)]
+            ax.xaxis.set_major_locator(FixedLocator(decades if len(decades) > 1 else [min(taus), max(taus)]))
+            ax.xaxis.set_minor_locator(FixedLocator(taus))
             ax.xaxis.set_major_formatter(PLAIN)
+            ax.xaxis.set_minor_formatter(NullFormatter())
             if i:
                 ax.sharey(row_axes[0])
                 ax.tick_params(labelleft=False)
             else:
-                ax.set_ylabel(_metric(cells, "validation"))
+                ax.set_ylabel(_metric(cells, "validation", "\n"))
         tables.append(cells)
     table = pd.concat(tables)
     untuned_look = arm_looks.pop("untuned_linear")
@@ -444,7 +450,7 @@ def _stages(runs: pd.DataFrame, experiment: Experiment) -> dict[str, list[Stage]
 
 
 def _untuned_length(cells: pd.DataFrame) -> float | None:
-    """2 / (1 - beta2) of a task, or None if no arm has a beta2. Raises ValueError if they have several."""
+    """2 / (1 - beta2) of a task, None if there is no beta2 or, without an untuned arm, more than one."""
     arm = cells[cells.arm == "untuned_linear"] if (cells.arm == "untuned_linear").any() else cells
     betas = arm.beta2.dropna().unique()
     if len(betas) > 1:
@@ -488,7 +494,7 @@ def _losses(
     at: np.ndarray,
 ) -> pd.DataFrame:
     """Draw the smoothed losses of the cells at the steps ``at``; returns arm, step, median, diverged and seeds."""
-    tables = []
+    tables, top = [], 0.0
     for i, (arm, look) in enumerate(arm_looks.items()):
         part = cells[cells.arm == arm].sort_values("seed")
         steps = int(part.steps.max())
@@ -505,11 +511,13 @@ def _losses(
         smooth = raw.where(alive).rolling(_window(steps), min_periods=1).mean().where(alive)
         smooth.columns = pd.Index([f"seed_{seed}" for seed in part.seed])
         shown = smooth.loc[at[at <= steps]]
+        done = shown.loc[:, (part.status != "diverged").to_numpy()]
+        top = max(top, float(done.max(axis=None))) if done.size else top
         median = shown.fillna(np.inf).median(axis=1).replace(np.inf, np.nan)
         line = {"color": look["color"], "linestyle": look["linestyle"]}
         for seed in shown:
             ax.plot(shown.index, shown[seed], color=look["color"], linewidth=0.5, alpha=0.3, zorder=2)
-        ax.plot(shown.index, median, **line, zorder=3)
+        ax.plot(shown.index, median, **line, linewidth=1.3, zorder=3)
         crosses = end[(part.status == "diverged").to_numpy()]
         crosses = crosses[crosses <= at[-1]]
         ax.plot(crosses, np.full(len(crosses), 0.98 - 0.05 * i), "x", color=look["color"], markersize=5,
@@ -517,6 +525,8 @@ def _losses(
         lost = (shown.index.to_numpy()[:, None] >= np.where(part.status == "diverged", end, np.inf)).sum(axis=1)
         tables.append(shown.assign(arm=arm, median=median, diverged=lost).rename_axis("step").reset_index())
     ax.set_yscale("log")
+    if top > 0:  # the losses of diverged runs leave through the top, where the crosses are
+        ax.set_ylim(top=min(ax.get_ylim()[1], 2 * top))
     _log_ticks(ax)
     return pd.concat(tables)
 
@@ -533,10 +543,12 @@ def _points(every: Iterable[pd.DataFrame]) -> int:
 
 
 def _log_ticks(ax: Axes) -> None:
-    """Plain numbers at 1, 2, 5 of every decade, or at decades only where there are many."""
+    """Plain numbers on a logarithmic axis, few or many by how much it spans."""
     low, high = ax.get_ylim()
-    many = high / low > 200
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0) if high / low > 4 else range(1, 10)))  # fmt: skip
+    span = high / low
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if span < 6 else (1, 2, 3, 5) if span < 40 else (1, 2, 5) if span < 500 else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ax.yaxis.set_major_locator(FixedLocator([b * 10.0**k for k in decades for b in subs if low <= b * 10.0**k <= high]))
     ax.yaxis.set_major_formatter(PLAIN)
     ax.yaxis.set_minor_locator(NullLocator())
 
@@ -561,7 +573,7 @@ def _worst(ax: Axes, cells: pd.DataFrame, labelled: bool = True) -> None:
         above = bool(cells.higher_is_better.iloc[0])
         ax.annotate(f"worst: {worst:.3g}", (0, worst), (3, -3 if above else 3), ax.get_yaxis_transform(),
                     "offset points", va="top" if above else "bottom", size=7, color="#606060")  # fmt: skip
-        ax.margins(y=0.1)
+    ax.margins(y=0.14)
 
 
 def _grid(
@@ -641,16 +653,16 @@ def _lr_ticks(ax: Axes, lrs: Sequence[float]) -> None:
     ax.xaxis.set_major_locator(FixedLocator(list(lrs[:: 1 + (len(lrs) - 1) // 6])))
     ax.xaxis.set_minor_locator(FixedLocator(list(lrs)))
     ax.xaxis.set_major_formatter(PLAIN)
-    ax.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _label(name: str) -> str:
     return NAMES.get(name, name.replace("_", " "))
 
 
-def _metric(cells: pd.DataFrame, split: str) -> str:
+def _metric(cells: pd.DataFrame, split: str, gap: str = " ") -> str:
     better = "higher" if cells.higher_is_better.iloc[0] else "lower"
-    return f"{split} {_label(cells.metric.iloc[0])} ({better} is better)"
+    return f"{split} {_label(cells.metric.iloc[0])}{gap}({better} is better)"
 
 
 def _in_words(row: "pd.Series[Any]") -> tuple[str, str]:

@@ -10,6 +10,7 @@ The stages of a task's runs, each with seeds of its own so that nothing is chose
     control  the reference arm again on other seeds, for the A/A comparison
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
-from runners.config import CONF, Run, UserError, build, compose_run, first_line, nearest
+from runners.config import CONF, Place, Run, UserError, build, compose_run, first_line, nearest
 
 Stage = Literal["tuning", "pilot", "test", "high", "own", "control"]
 SEEDS: dict[Stage, int] = {
     "tuning": 1000, "pilot": 2000, "test": 3000, "high": 3000, "own": 3000, "control": 4000,
 }  # fmt: skip
 """First seed of each stage. high and own share the test seeds: they are compared with the test runs, in pairs."""
+
+NOT_HERE = {"task", "lr", "seed", *(f.name for f in dataclasses.fields(Place))}
+"""What the grid and the command line set, so that an override of an experiment must not."""
 
 _SCHEMA = ConfigDict(extra="forbid")
 Count = Annotated[int, Field(ge=0, lt=1000)]
@@ -121,7 +125,12 @@ class Design:
         self._blocks: dict[tuple[Any, ...], list[Cell]] = {}
         for task, plan in experiment.tasks.items():
             for arm, overrides in experiment.arms.items():
-                words = [f"task={task}", *experiment.overrides, *plan.overrides, *overrides]  # later ones win
+                words = [*experiment.overrides, *plan.overrides, *overrides]  # later ones win
+                for word in words:
+                    if word.partition("=")[0] in NOT_HERE:
+                        raise UserError(f"experiment {experiment.name}, arm {arm}, task {task}: {word!r} would change "
+                                        "nothing: the sweep sets it")  # fmt: skip
+                words.insert(0, f"task={task}")
                 run, _ = compose_run(words, where=f"experiment {experiment.name}, arm {arm}, task {task}")
                 self.base[arm, task] = run
 
@@ -173,7 +182,7 @@ class Design:
         counts: dict[str, dict[Stage, int]] = {}
         for task, plan in self.experiment.tasks.items():
             arms = len(self.experiment.arms)
-            probed = sum(c.kind == "sensitivity" for c in self.experiment.claims.values())
+            probed = len({c.arm for c in self.experiment.claims.values() if c.kind == "sensitivity"})
             counts[task] = {
                 "tuning": arms * len(plan.lrs) * plan.tuning_seeds,
                 "pilot": 2 * plan.pilot_seeds,

@@ -6,9 +6,11 @@ With ``-m`` it is a multirun, with any Hydra launcher; every run goes to the sam
 import sys
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from runners.config import CONF, UserError, compose_run, from_config
+from runners.config import CONF, Probes, UserError, compose_run, from_config
 from runners.loggers import logger_for
 from runners.store import FINISHED, Damaged, Store
 from runners.train import prepare, train
@@ -19,7 +21,11 @@ def main() -> None:
     words = sys.argv[1:]
     multirun = {"-m", "--multirun"} & set(words)
     try:
-        if not multirun and not any(word.startswith("-") for word in words):
+        flags = [word for word in words if word.startswith("-")]
+        if multirun and len(flags) == 1:
+            for job in _sample([word for word in words if word not in flags]):
+                compose_run(job)
+        elif not flags:
             compose_run(words)
         app()
     except UserError as error:
@@ -39,16 +45,20 @@ def app(config: DictConfig) -> None:
             summary = store.summary(run_id)
         except Damaged as damaged:
             print(f"{damaged} cannot be read: set aside as {store.set_aside(run_id)}, training again")
-        if summary is not None and summary["status"] in FINISHED:
+        recorded = Probes(**summary["probes"]) if summary is not None else run.probes
+        if summary is not None and summary["status"] in FINISHED and recorded.covers(run.probes, run.steps):
             print(f"{run_id} is in the store already")
         else:
             with store.claim(run_id) as mine:
                 if not mine:
                     raise UserError(f"{run_id} is being trained by another process")
                 with logger_for(place, run, run_id) as log:
+                    run = run.replace(probes=run.probes.with_those_of(recorded, run.steps))
                     result = train(run, run.task, device, store, checkpoint_every=place.checkpoint_every)
+                    if summary is not None:
+                        store.set_aside(run_id)  # it lacked a probe that is now asked for
+                    store.publish(result)
                     log(result)
-                store.publish(result)
             summary = result.summary
     except UserError as error:
         # Hydra would print a traceback.
@@ -59,6 +69,22 @@ def app(config: DictConfig) -> None:
         print(f"  diverged at step {summary['diverged_at']}; last finite {summary['last_finite']}")
     for split, values in summary["metrics"].items():
         print(f"  {split}: " + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+
+
+def _sample(words: list[str]) -> list[list[str]]:
+    """Of a multirun's grid enough jobs that every value of every sweep is in one."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException:
+        return [words]  # where the mistake is found
+    values = [
+        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+        for o in overrides
+    ]
+    first = [options[0] for options in values]
+    return [first] + [
+        [*first[:i], option, *first[i + 1 :]] for i, options in enumerate(values) for option in options[1:]
+    ]
 
 
 if __name__ == "__main__":

@@ -155,10 +155,11 @@ class Store:
             os.rename(building, self.root / run_id)
             _fsync(self.root)
         except OSError as error:
-            shutil.rmtree(building, ignore_errors=True)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
-            raise UserError(f"cannot write the result of {run_id} to {self.root}: {error.strerror}") from None
+            raise UserError(f"cannot write the result of {run_id} to {self.root}: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(building, ignore_errors=True)  # gone already when all went well
         for leftover in (self.root / ".errors" / f"{run_id}.json", self.checkpoint(run_id)):
             leftover.unlink(missing_ok=True)
         return True
@@ -222,8 +223,13 @@ class Store:
     def _acquire(self, path: Path) -> bool:
         for _ in range(2):
             try:
-                with open(path, "x") as file:
-                    file.write(self._owner)
+                file = open(path, "x")
+                try:
+                    with file:
+                        file.write(self._owner)
+                except OSError:
+                    path.unlink(missing_ok=True)  # an empty claim would stand until it is stale
+                    raise
                 return True
             except FileExistsError:
                 owner = _read(path)
@@ -259,6 +265,8 @@ class Store:
             return now - path.stat().st_mtime > STALE
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise UserError(f"cannot write to the store {self.root}: {error.strerror}") from None
 
     def _beat(self, path: Path, stop: threading.Event) -> None:
         while not stop.wait(HEARTBEAT):

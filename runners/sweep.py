@@ -20,7 +20,7 @@ from rich.table import Table
 
 from runners import experiment as experiments
 from runners.collect import collect, restore
-from runners.config import ROOT, Place, Probes, Run, UserError
+from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of, plain
 from runners.experiment import Cell, Design
 from runners.store import FINISHED, Damaged, Store
 from runners.train import make_optimizer, prepare
@@ -36,11 +36,14 @@ class Sweep:
     def __init__(self, design: Design, store: Store, place: Place, console: Console) -> None:
         self.design, self.store, self.place, self.console = design, store, place, console
         self.device = place.torch_device()
-        self.fingerprints: dict[str, str] = {}
-        for (_, task), run in design.base.items():
-            if task not in self.fingerprints:
+        self.fingerprints: dict[tuple[str, str], str] = {}
+        known: dict[str, str] = {}
+        for place_in_design, run in design.base.items():
+            key = str(plain(run.task))  # an arm may change a field of the task
+            if key not in known:
                 prepare(run.task, place)
-                self.fingerprints[task] = run.task.fingerprint()
+                known[key] = run.task.fingerprint()
+            self.fingerprints[place_in_design] = known[key]
         self._summaries: dict[str, dict[str, Any]] = {}
         self._ids: dict[tuple[str, str, float, int], str] = {}
 
@@ -48,7 +51,7 @@ class Sweep:
         """The id of a cell's run (hashed once)."""
         key = (cell.arm, cell.task, cell.lr, cell.seed)
         if key not in self._ids:
-            self._ids[key] = cell.run.id(self.fingerprints[cell.task])
+            self._ids[key] = cell.run.id(self.fingerprints[cell.arm, cell.task])
         return self._ids[key]
 
     def summary(self, run_id: str, run: Run) -> dict[str, Any] | None:
@@ -62,10 +65,12 @@ class Sweep:
                 return None
             if found is None or found["status"] not in FINISHED:
                 return None
-            if not Probes(**found["probes"]).covers(run.probes, run.steps):
-                return None
             self._summaries[run_id] = found
-        return self._summaries[run_id]
+        found = self._summaries[run_id]
+        if Probes(**found["probes"]).covers(run.probes, run.steps):
+            return found
+        del self._summaries[run_id]  # it will be replaced
+        return None
 
     def cells(self) -> list[tuple[Cell, str]]:
         """Every cell that is determined so far, with its run's id."""
@@ -91,8 +96,15 @@ class Sweep:
                 if s["status"] == "done" and s["seconds"]["from_step"] == 0
                 and s["environment"]["device"] == self.device.type
             ]  # fmt: skip
-            seconds[task] = sum(known) / len(known) if known else time_steps(run) * run.steps
+            seconds[task] = sum(known) / len(known) if known else self._timed(run)
         return seconds
+
+    def _timed(self, run: Run) -> float:
+        try:
+            return time_steps(run) * run.steps
+        except Exception as error:  # the worker that trains it will record what is wrong
+            self.console.print(f"cannot time a step of {name_of(run.task)}: {first_line(error)}", style="red")
+            return 0.0
 
     def train(self, workers: int) -> dict[str, int]:
         """Train all that is missing; the counts of how the runs ended. Raises KeyboardInterrupt when stopped."""
@@ -335,8 +347,9 @@ def _print_status(sweep: Sweep, console: Console) -> None:
     for cell, run_id in sweep.cells():
         row = rows.setdefault((cell.task, cell.stage), dict.fromkeys(("runs", "done", "diverged", "error", "flying"), 0))
         row["runs"] += 1
-        status = sweep.store.status(run_id) if sweep.summary(run_id, cell.run) is None else sweep._summaries[run_id]["status"]
-        if status in row:
+        summary = sweep.summary(run_id, cell.run)
+        status = summary["status"] if summary is not None else sweep.store.status(run_id)
+        if summary is not None or status == "error":  # a result without a probe that is asked for is not done
             row[status] += 1
         row["flying"] += sweep.store.claimed(run_id)
     for (task, stage), row in rows.items():

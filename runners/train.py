@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import io
 import math
+import pickle
 import platform
 import resource
 import subprocess
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 import optimizers
 from optimizers.engine import Engine, engine_of
 from optimizers.rule import describe
-from runners.config import ROOT, Place, Run
+from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of
 from runners.probes import Recorder
-from runners.store import Result, Store
+from runners.store import Result, Store, write_whole
 from tasks.task import Task
 
 CHECK_EVERY = 25
@@ -57,7 +59,7 @@ def train(
     optimizer = make_optimizer(run, model)
     recorder = Recorder(run, model, device)
     checkpoint = Checkpoint(store.checkpoint(run_id), model, optimizer, recorder)
-    first = checkpoint.load() if checkpoint_every else 0
+    first = saved = checkpoint.load() if checkpoint_every else 0
     bound = DIVERGED_ABOVE * task.initial_loss
     diverged: int | None = None
     batches = task.batches(run.seed, start=first)
@@ -77,8 +79,9 @@ def train(
             diverged = recorder.first_bad(bound, t)
             if diverged is not None:
                 break
-            if checkpoint_every and t % checkpoint_every == 0 and t < run.steps:
+            if checkpoint_every and t - saved >= checkpoint_every and t < run.steps:
                 checkpoint.save(t)
+                saved = t
             if progress is not None:
                 try:
                     progress(t)
@@ -157,26 +160,36 @@ class Checkpoint:
 
     def save(self, t: int) -> None:
         """Write the state after step t, whole or not at all."""
-        part = self.path.with_suffix(".tmp")
+        buffer = io.BytesIO()
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         torch.save(
             {
                 "t": t,
+                "probes": vars_of(self.recorder.run.probes),
+                "environment": self._environment(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "recorder": self.recorder.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": cuda,
             },
-            part,
+            buffer,
         )
-        part.replace(self.path)
+        write_whole(self.path, buffer.getvalue())
+
+    def _environment(self) -> dict[str, str]:
+        return environment(self.recorder.buffers["loss"].device)
 
     def load(self) -> int:
-        """Restore the last checkpoint; the step it was written after, 0 if there is none that can be read."""
+        """Restore the last checkpoint; the step it was written after, 0 if there is none that can be used: it
+        cannot be read, comes from another device or version, or lacks a probe that is now asked for."""
         try:
             saved = torch.load(self.path, weights_only=True)
-        except (FileNotFoundError, RuntimeError, EOFError, OSError):
+            fits = saved["environment"] == self._environment()
+            run = self.recorder.run
+            if not (fits and Probes(**saved["probes"]).covers(run.probes, run.steps)):
+                return 0
+        except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
             return 0
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -194,7 +207,10 @@ def prepare(task: Task, place: Place) -> torch.device:
         torch.set_num_threads(1)  # one worker a core; and sums do not depend on the machine's number of cores
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    task.prepare(device, place.data)
+    try:
+        task.prepare(device, place.data)
+    except (ValueError, ImportError, OSError) as error:  # a batch larger than the data, no data
+        raise UserError(f"task ({name_of(task)}): {first_line(error)}") from error
     return device
 
 

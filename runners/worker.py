@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from runners.config import Place, Probes, Run, UserError, plain
+from runners.config import Place, Probes, Run, UserError, name_of, plain
 from runners.loggers import logger_for
 from runners.store import Damaged, Store
 from runners.train import Interrupted, prepare, train, vars_of
@@ -85,9 +85,13 @@ class Pool:
         return [worker.job for worker in self.workers if worker.job is not None]
 
     def start(self, job: Job) -> None:
-        """Give a job to an idle worker, preferring one whose task is warm; a new one is started if need be."""
-        idle = [worker for worker in self.workers if worker.job is None]
-        worker = idle[0] if idle else self._spawn()
+        """Give a job to an idle worker; a new one is started if need be."""
+        for worker in [worker for worker in self.workers if worker.job is None]:
+            with contextlib.suppress(OSError):  # it died while idle: take another
+                worker.pipe.send(job)
+                worker.job = job
+                return
+        worker = self._spawn()
         worker.job = job
         worker.pipe.send(job)
 
@@ -169,8 +173,13 @@ def carry_out(job: Job, place: Place, tasks: dict[str, Task], progress: Any = No
                 return Event("elsewhere", job)
             with contextlib.suppress(Damaged):
                 summary = store.summary(job.run_id)
-                if summary is not None and Probes(**summary["probes"]).covers(job.run.probes, job.run.steps):
-                    return Event(summary["status"], job)  # another sweep was faster
+                if summary is not None:
+                    recorded = Probes(**summary["probes"])
+                    if recorded.covers(job.run.probes, job.run.steps):
+                        return Event(summary["status"], job)  # another sweep was faster
+                    # What is there stays there: else two experiments would replace each other's result for ever.
+                    probes = job.run.probes.with_those_of(recorded, job.run.steps)
+                    job = Job(job.run_id, job.run.replace(probes=probes))
             return _train_claimed(job, place, store, tasks, progress)
     except UserError as error:
         return Event("failed", job, text=str(error))
@@ -183,10 +192,15 @@ def _train_claimed(job: Job, place: Place, store: Store, tasks: dict[str, Task],
         if key not in tasks:
             prepare(job.run.task, place)
             tasks[key] = job.run.task
+        if job.run.id(tasks[key].fingerprint()) != job.run_id:
+            raise UserError(f"the data of task {name_of(job.run.task)} has changed since the sweep began")
         with logger_for(place, job.run, job.run_id) as log:
             result = train(
                 job.run, tasks[key], device, store, checkpoint_every=place.checkpoint_every, progress=progress
             )
+            if (store.root / job.run_id).exists():
+                store.set_aside(job.run_id)  # damaged, or without a probe that is now asked for
+            store.publish(result)
             log(result)
     except Interrupted:
         return Event("interrupted", job)
@@ -196,7 +210,4 @@ def _train_claimed(job: Job, place: Place, store: Store, tasks: dict[str, Task],
         text = traceback.format_exc()
         store.record_error(job.run_id, text, {**job.run.science, "probes": vars_of(job.run.probes)})
         return Event("error", job, text=text.strip().splitlines()[-1])
-    if (store.root / job.run_id).exists():
-        store.set_aside(job.run_id)  # damaged, or without a probe that is now asked for
-    store.publish(result)
     return Event(result.summary["status"], job)

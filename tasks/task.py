@@ -20,7 +20,7 @@ Split = Literal["train", "validation", "test"]
 
 # Every task is a pydantic dataclass with this configuration: an unknown key, a wrong type or a value out
 # of range is an error when the task is built, before any data is read.
-SCHEMA = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+SCHEMA = ConfigDict(extra="forbid", strict=True)
 
 
 class Task(abc.ABC):

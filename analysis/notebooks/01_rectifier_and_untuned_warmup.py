@@ -86,7 +86,8 @@ table = pd.DataFrame(periods, columns=["beta2", "warmup", "label", "period"]).dr
 table["relative"] = table.period * (1 - table.beta2)
 
 figure, (top, bottom) = panels(rows=2, size=(4.6, 2.1), share_x=True, heights=(1.25, 1))
-for curve, group in table.groupby("warmup", sort=False):
+for curve in table.warmup.unique():
+    group = table[table.warmup == curve]
     look = LOOKS.get(curve, {"color": SKY, "linestyle": ":"})
     top.plot(1 - group.beta2, group.period, label=group.label.iloc[0], **look)
     bottom.plot(1 - group.beta2, group.relative, **look)

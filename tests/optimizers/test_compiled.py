@@ -65,10 +65,14 @@ def test_agrees_with_eager(name: str, backend: str) -> None:
 def test_agrees_with_eager_with_code_generation(backend: str) -> None:
     if reason := no_compiler():
         pytest.skip(reason)
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
-        eager, compiled = (end("radam", how, 9, dtype, weight_decay=0.02) for how in ("eager", "compiled"))
-        assert all(p.dtype == dtype for p in compiled)
-        assert difference(eager, compiled) < tolerance
+    eager, compiled = (end("radam", how, 9, torch.float32, weight_decay=0.02) for how in ("eager", "compiled"))
+    assert difference(eager, compiled) < 2e-6
+
+
+def test_agrees_with_eager_in_half_precision(backend: str) -> None:
+    eager, compiled = (end("radam", how, 9, torch.bfloat16, weight_decay=0.02) for how in ("eager", "compiled"))
+    assert all(p.dtype == torch.bfloat16 for p in compiled)
+    assert difference(eager, compiled) < 1e-2
 
 
 def test_more_programs_than_torch_keeps_of_one_function(backend: str) -> None:
