@@ -9,8 +9,9 @@ number, or not of the design is a ValueError that names the command which mends 
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -61,7 +62,7 @@ def lr_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
             part = cells[cells.arm == arm].sort_values(["lr", "seed"])
             x = part.lr * _step(lrs) ** shift
             _seeds(ax, x, part, arm_looks[arm])
-            look = {**arm_looks[arm], "marker": ""}
+            look = {**arm_looks[arm], "marker": "", "zorder": _above(arm_looks[arm])}
             ax.plot(x.groupby(part.lr).first(), part.groupby("lr")["mean"].first(), **look)
         _worst(ax, cells)
         ax.axvline(primary, color=BLACK, linestyle=":", linewidth=1, zorder=1)
@@ -142,7 +143,7 @@ def final_metrics(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
             ax.plot([i - 0.36, i + 0.36], [mean, mean], color=arm_looks[arm]["color"], linewidth=2)
             tables.append(part.assign(mean=mean))
         if _at_worst(cells).any():
-            _worst(ax, cells)
+            _worst(ax, cells, label="right")
         kind = "primary" if stage == "test" else stage
         ax.set(title=f"{_label(task)}, {kind} lr {cells.lr.iloc[0]:g}", ylabel=_metric(cells, "test", "\n"))
         ax.set_xticks(range(len(shown)), [name.replace(" ", "\n") for name in names], size=7)
@@ -179,12 +180,13 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
     table["relative_low"], table["relative_high"] = ends.min(axis=1), ends.max(axis=1)
 
     # A line of the figure is a row of the table, or a piece of a heading with the verdict over all tasks.
-    lines: list[tuple[str, "pd.Series[Any] | None", str]] = []
+    lines: list[tuple[str, pd.Series[Any] | None, str]] = []
     for name, claim in experiment.claims.items():
         own = table[table.claim == name]
         overall = own[~own.task.isin(list(experiment.tasks))].verdict
+        scope = "on at least one task" if claim.kind == "sensitivity" else "over all tasks"
         for i, part in enumerate(textwrap.wrap(claim.hypothesis, 74)):
-            lines.append((part, None, f"{overall.iloc[0]}" if len(overall) and i == 0 else ""))
+            lines.append((part, None, f"{overall.iloc[0]} {scope}" if len(overall) and i == 0 else ""))
         for _, row in own[own.task.isin(list(experiment.tasks))].iterrows():
             lines.append((f"{_label(row.task)}, {row['at']} lr {row.lr:g}", row, ""))
     figure, (ax,) = panels(size=(10.4, 0.85 + 0.23 * len(lines)))
@@ -197,10 +199,10 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
     left = -8 - 4.3 * max(len(text) for text, row, _ in lines if row is not None)
     for i, (text, row, overall) in enumerate(lines):
         if row is None:
-            blank = {"facecolor": "white", "edgecolor": "none", "pad": 2.5}
-            write(f"{text:<100}", i, left, x=0, weight="bold", bbox=blank)
+            ax.axhspan(i - 0.5, i + 0.5, color="white", linewidth=0, zorder=1.5)
+            write(text, i, left, x=0, weight="bold")
             if overall:
-                write(f"{overall} over all tasks", i, 10, weight="bold", color=VERDICTS[overall][0])
+                write(overall, i, 10, weight="bold", color=VERDICTS[overall.split(" o")[0]][0])
             continue
         colour, marker = VERDICTS[row.verdict]
         ax.plot([row.relative_low, row.relative_high], [i, i], color=colour, linewidth=2, solid_capstyle="butt")
@@ -215,7 +217,7 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
     ax.set_ylim(len(lines) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel("arm worse  $\\leftarrow$   difference / margin   $\\rightarrow$  arm better")
+    ax.set_xlabel("arm worse $\\leftarrow$ difference / margin $\\rightarrow$ arm better")
     extent = float(np.nanmax([1.3, *table[["relative", "relative_low", "relative_high"]].abs().to_numpy().flat]))
     if extent > 2:
         ax.set_xscale("symlog", linthresh=2, linscale=1.5)
@@ -319,9 +321,9 @@ def length_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
             if len(untuned):
                 look = arm_looks["untuned_linear"]
                 ax.axvline(untuned.tau.iloc[0], color=look["color"], linestyle=":", linewidth=1, zorder=1)
-                ax.plot(untuned.tau.iloc[:1], untuned["mean"].iloc[:1], color=look["color"], marker=look["marker"], markersize=7, zorder=4)  # fmt: skip
+                ax.plot(untuned.tau.iloc[0], untuned["mean"].iloc[0], **{**look, "markersize": 7, "zorder": 4})
             if _at_worst(cells).any():
-                _worst(ax, cells, labelled=i == 0)
+                _worst(ax, cells, label="" if i else "left")
             ax.set(title=f"{_label(task)}, lr {lr:g}", xscale="log", xlabel="warmup length $\\tau$ (steps)")
             decades = [10.0**k for k in range(-3, 8) if min(taus) <= 10.0**k <= max(taus)]
             ax.xaxis.set_major_locator(FixedLocator(decades if len(decades) > 1 else [min(taus), max(taus)]))
@@ -384,9 +386,14 @@ def length_training(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
                 ax.set_ylabel(f"training loss\n(mean of last {_window(steps)} steps)")
         for arm, _ in order:
             label = f"$\\tau$ = {tau[arm]:g}" if _is_linear(arm) else _label(arm)
-            handles.setdefault(arm, Line2D([], [], color=arm_looks[arm]["color"], linestyle=arm_looks[arm]["linestyle"], label=label))  # fmt: skip
+            handles.setdefault(arm, Line2D([], [], **{**arm_looks[arm], "marker": ""}, label=label))
     _legend(figure, [*handles.values(), *_diverged_handle(pd.concat(every.values()), counted=False)])
     return figure, _first(pd.concat(tables), ["task", "lr", "arm", "tau", "step", "median", "diverged"])
+
+
+def varies_length(experiment: Experiment) -> bool:
+    """Whether an experiment is about the length of a warmup: it has arms called linear_<tau>."""
+    return any(_is_linear(arm) for arm in experiment.arms)
 
 
 # -- cells ------------------------------------------------------------------------------------------------------
@@ -400,21 +407,19 @@ def _cells(runs: pd.DataFrame, experiment: Experiment, stage: Stage, task: str, 
     # Only what tuning found depends on the data: the primary lr, which is then the only one of its stage.
     lrs = list(plan.lrs) if stage == "tuning" else [plan.high_lr] if stage == "high" else given or [math.nan]
     probed = [c.arm for c in experiment.claims.values() if c.kind == "sensitivity"]
-    arms = {"control": [reference], "high": list(dict.fromkeys([reference, *probed]))}.get(
-        stage, list(experiment.arms)
-    )
+    arms = {"control": [reference], "high": list(dict.fromkeys([reference, *probed]))}.get(stage, list(experiment.arms))
     count = {"tuning": plan.tuning_seeds, "control": plan.control_seeds}.get(stage, plan.test_seeds)
     seeds = range(SEEDS[stage], SEEDS[stage] + count)
     wanted = {(arm, f"{lr:.8g}", seed) for arm, lr, seed in product(arms, lrs, seeds)}
     known = rows[np.isfinite(rows[value].to_numpy(dtype=float))]
-    found = [(arm, f"{lr:.8g}", seed) for arm, lr, seed in zip(known.arm, known.lr, known.seed, strict=True)]
+    found = Counter((arm, f"{lr:.8g}", seed) for arm, lr, seed in zip(known.arm, known.lr, known.seed, strict=True))
     for wrong, says in (
-        (sorted(wanted - set(found), key=str), "is missing"),
-        (sorted(set(found) - wanted, key=str), "is not in its design"),
-        (sorted({cell for cell in found if found.count(cell) > 1} if len(found) > len(wanted) else (), key=str), "is there twice"),  # fmt: skip
+        (wanted - found.keys(), "is missing"),
+        (found.keys() - wanted, "is not in its design"),
+        ({cell for cell, times in found.items() if times > 1}, "is there twice"),
     ):
         if wrong:
-            arm, lr, seed = wrong[0]
+            arm, lr, seed = min(wrong, key=str)
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             at = "" if lr == "nan" else f" at lr {lr}"
             raise ValueError(
@@ -444,8 +449,9 @@ def _stages(runs: pd.DataFrame, experiment: Experiment) -> dict[str, list[Stage]
     """The stages on test seeds that each task has: there is no high lr if tuning chose that very lr."""
     stages: dict[str, list[Stage]] = {}
     for task, plan in experiment.tasks.items():
-        probed = plan.high_lr is not None and not math.isclose(plan.high_lr, _primary(runs, experiment, task), rel_tol=1e-7)  # fmt: skip
-        stages[task] = ["test", "high"] if probed else ["test"]
+        primary = _primary(runs, experiment, task)
+        same = plan.high_lr is None or math.isclose(plan.high_lr, primary, rel_tol=1e-7)
+        stages[task] = ["test"] if same else ["test", "high"]
     return stages
 
 
@@ -464,7 +470,7 @@ def _is_linear(arm: str) -> bool:
 
 def _with_lengths(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     """The cells with the warmup length ``tau`` of linear_<tau> and untuned_linear, nan for the other arms."""
-    if not any(_is_linear(arm) for arm in experiment.arms):
+    if not varies_length(experiment):
         raise ValueError(f"{experiment.name} has no arm linear_<tau>: it is not about the length of a warmup")
     untuned = _untuned_length(cells)
 
@@ -517,7 +523,7 @@ def _losses(
         line = {"color": look["color"], "linestyle": look["linestyle"]}
         for seed in shown:
             ax.plot(shown.index, shown[seed], color=look["color"], linewidth=0.5, alpha=0.3, zorder=2)
-        ax.plot(shown.index, median, **line, linewidth=1.3, zorder=3)
+        ax.plot(shown.index, median, **line, linewidth=1.3, zorder=_above(look))
         crosses = end[(part.status == "diverged").to_numpy()]
         crosses = crosses[crosses <= at[-1]]
         ax.plot(crosses, np.full(len(crosses), 0.98 - 0.05 * i), "x", color=look["color"], markersize=5,
@@ -529,6 +535,11 @@ def _losses(
         ax.set_ylim(top=min(ax.get_ylim()[1], 2 * top))
     _log_ticks(ax)
     return pd.concat(tables)
+
+
+def _above(look: dict[str, Any]) -> float:
+    """Where lines coincide, the broken one is on top and the solid one shows through."""
+    return 3.0 if look["linestyle"] == "-" else 3.5
 
 
 def _window(steps: int) -> int:
@@ -565,14 +576,14 @@ def _at_worst(cells: pd.DataFrame) -> "pd.Series[bool]":
     return (cells.status == "diverged") | (cells.value == cells.worst)
 
 
-def _worst(ax: Axes, cells: pd.DataFrame, labelled: bool = True) -> None:
-    """The dashed line at a task's worst value."""
+def _worst(ax: Axes, cells: pd.DataFrame, label: str = "left") -> None:
+    """The dashed line at a task's worst value; the label is at its left or right, or not there."""
     worst = float(cells.worst.iloc[0])
     ax.axhline(worst, color=GREY, linestyle="--", linewidth=0.8, zorder=1)
-    if labelled:
-        above = bool(cells.higher_is_better.iloc[0])
-        ax.annotate(f"worst: {worst:.3g}", (0, worst), (3, -3 if above else 3), ax.get_yaxis_transform(),
-                    "offset points", va="top" if above else "bottom", size=7, color="#606060")  # fmt: skip
+    if label:
+        side, up = (1 if label == "right" else 0), (-1 if cells.higher_is_better.iloc[0] else 1)
+        ax.annotate(f"worst: {worst:.3g}", (side, worst), (3 - 6 * side, 3 * up), ax.get_yaxis_transform(),
+                    "offset points", ha=label, va="bottom" if up > 0 else "top", size=7, color="#606060")  # fmt: skip
     ax.margins(y=0.14)
 
 
@@ -581,7 +592,7 @@ def _grid(
 ) -> tuple[Figure, dict[Key, Axes]]:
     """A figure with a panel for each key; none where a row is shorter or has None. A single column is wider."""
     columns = max(len(row) for row in rows)
-    width = size[0] if columns > 1 or len(rows) > 1 and not narrow else max(size[0], 4.6)
+    width = size[0] if columns > 1 or (len(rows) > 1 and not narrow) else max(size[0], 4.6)
     figure, axes = panels(columns, len(rows), (width, size[1]))
     placed: dict[Key, Axes] = {}
     for i, ax in enumerate(axes):
@@ -645,7 +656,7 @@ def _dodge(n: int, width: float) -> list[float]:
 
 def _step(lrs: Sequence[float]) -> float:
     """The smallest ratio of neighbours in a grid of learning rates."""
-    return min((b / a for a, b in zip(lrs, lrs[1:], strict=False)), default=2.0)
+    return min((b / a for a, b in pairwise(lrs)), default=2.0)
 
 
 def _lr_ticks(ax: Axes, lrs: Sequence[float]) -> None:

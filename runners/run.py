@@ -24,7 +24,7 @@ def main() -> None:
         flags = [word for word in words if word.startswith("-")]
         if multirun and len(flags) == 1:
             for job in _sample([word for word in words if word not in flags]):
-                compose_run(job)
+                Store(compose_run(job)[1].store)
         elif not flags:
             compose_run(words)
         app()
