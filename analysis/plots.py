@@ -98,9 +98,10 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
         tables.append(drawn.assign(task=task, stage=stage, lr=lr))
         kind = "primary" if stage == "test" else stage
         ax.set(title=f"{_label(task)}, {kind} lr {lr:g}", xlim=(0, steps), xlabel="step")
-        ax.set_ylabel(f"training loss\n(mean of last {_window(steps)} steps)")
+        ax.set_ylabel(_loss_label(steps))
     table = pd.concat(tables)
-    handles = _handles(arm_looks, markers=False) + _diverged_handle(pd.concat(every.values()), counted=False)
+    handles: list[Line2D | Patch] = [*_handles(arm_looks, markers=False)]
+    handles += _diverged_handle(pd.concat(every.values()), counted=False)
     if any(_untuned_length(cells) is not None for cells in every.values()):
         handles.append(Patch(color=BAND, label="untuned linear warmup"))
     _legend(figure, handles)
@@ -152,8 +153,8 @@ def final_metrics(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
     table = pd.concat(tables)
     one = Line2D([], [], color=GREY, linestyle="", marker="o", alpha=0.6, label="one seed")
     bar = Line2D([], [], color=GREY, linewidth=2, label="mean")
-    pair = Line2D([], [], color="#C8C8C8", linewidth=0.8, label="same seed")
-    _legend(figure, [one, bar, pair, *_diverged_handle(table)])
+    joined = Line2D([], [], color="#C8C8C8", linewidth=0.8, label="same seed")
+    _legend(figure, [one, bar, joined, *_diverged_handle(table)])
     columns = ["task", "stage", "lr", "arm", "seed", "status", "metric", "value", "mean", "worst"]
     return figure, table[columns].reset_index(drop=True)
 
@@ -169,8 +170,8 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
     wanted = {(claim, task) for claim in experiment.claims for task in experiment.tasks}
     missing = sorted(wanted - set(zip(verdicts.claim, verdicts.task, strict=True)))
     if missing:
-        claim, task = missing[0]
-        raise ValueError(f"{experiment.name} has no verdict on {claim} for {task}: {_command(experiment)}")
+        what = "{} for {}".format(*missing[0])
+        raise ValueError(f"{experiment.name} has no verdict on {what}: {_command(experiment)}")
     better = runs.groupby("task").higher_is_better.first()
     table = verdicts.copy()
     direction = table.task.map(lambda t: 1.0 if bool(better.get(t, True)) else -1.0)
@@ -183,15 +184,16 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
     lines: list[tuple[str, pd.Series[Any] | None, str]] = []
     for name, claim in experiment.claims.items():
         own = table[table.claim == name]
-        overall = own[~own.task.isin(list(experiment.tasks))].verdict
+        combined = own[~own.task.isin(list(experiment.tasks))].verdict
         scope = "on at least one task" if claim.kind == "sensitivity" else "over all tasks"
         for i, part in enumerate(textwrap.wrap(claim.hypothesis, 74)):
-            lines.append((part, None, f"{overall.iloc[0]} {scope}" if len(overall) and i == 0 else ""))
-        for _, row in own[own.task.isin(list(experiment.tasks))].iterrows():
-            lines.append((f"{_label(row.task)}, {row['at']} lr {row.lr:g}", row, ""))
+            lines.append((part, None, f"{combined.iloc[0]} {scope}" if len(combined) and i == 0 else ""))
+        for _, tested in own[own.task.isin(list(experiment.tasks))].iterrows():
+            lines.append((f"{_label(tested.task)}, {tested['at']} lr {tested.lr:g}", tested, ""))
     figure, (ax,) = panels(size=(10.4, 0.85 + 0.23 * len(lines)))
     ax.axvspan(-1, 1, color=BAND, linewidth=0, zorder=0)
-    ax.axvline(0, color=GREY, linewidth=0.7)
+    ax.axvline(0, color=GREY, linewidth=0.7, zorder=1)
+    ax.spines.left.set_visible(False)  # the headings reach across it
 
     def write(text: str, y: float, offset: float, x: int = 1, **look: Any) -> None:
         ax.annotate(text, (x, y), (offset, 0), ax.get_yaxis_transform(), "offset points", va="center", size=8, **look)
@@ -202,7 +204,8 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
             ax.axhspan(i - 0.5, i + 0.5, color="white", linewidth=0, zorder=1.5)
             write(text, i, left, x=0, weight="bold")
             if overall:
-                write(overall, i, 10, weight="bold", color=VERDICTS[overall.split(" o")[0]][0])
+                colour = next(colour for verdict, (colour, _) in VERDICTS.items() if overall.startswith(verdict))
+                write(overall, i, 10, weight="bold", color=colour)
             continue
         colour, marker = VERDICTS[row.verdict]
         ax.plot([row.relative_low, row.relative_high], [i, i], color=colour, linewidth=2, solid_capstyle="butt")
@@ -256,11 +259,12 @@ def length_heatmap(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
         place = {arm: i + 0.25 * (i >= gap) for i, (arm, _) in enumerate(order)}
         colour = colormaps["viridis" if higher else "viridis_r"]
         scale = colors.Normalize(table["mean"].min(), table["mean"].max())
-        for cell in table.itertuples():
-            x, y = place[cell.arm], list(lrs).index(min(lrs, key=lambda lr: abs(lr - cell.lr)))
-            shade = colour(scale(cell.mean))
+        columns = [table[c] for c in ("arm", "lr", "mean", "diverged", "seeds")]
+        for arm, lr, mean, diverged, seeds in zip(*columns, strict=True):
+            x, y = place[arm], int(np.argmin(np.abs(np.array(lrs) - lr)))
+            shade = colour(scale(mean))
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.5))
-            text = f"{cell.mean:#.3g}" + (f"\n{cell.diverged}/{cell.seeds} div." if cell.diverged else "")
+            text = f"{mean:#.3g}" + (f"\n{diverged}/{seeds} div." if diverged else "")
             dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.45
             ink = "white" if dark else BLACK
             ax.text(x, y, text, ha="center", va="center", size=7, color=ink, linespacing=1.05)
@@ -278,8 +282,8 @@ def length_heatmap(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
         tables.append(table)
-    columns = ["task", "arm", "tau", "lr", "metric", "mean", "diverged", "seeds"]
-    return figure, pd.concat(tables, ignore_index=True)[columns]
+    order_of_columns = ["task", "arm", "tau", "lr", "metric", "mean", "diverged", "seeds"]
+    return figure, pd.concat(tables, ignore_index=True)[order_of_columns]
 
 
 def length_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
@@ -292,7 +296,7 @@ def length_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
     """
     rows = [[(task, lr) for lr in plan.lrs] for task, plan in experiment.tasks.items()]
     figure, axes = _grid(rows, size=(2.2, 2.3), narrow=True)
-    linear = {"color": ARMS["linear"][0], "linestyle": "-", "marker": MARKERS["linear"]}
+    linear: dict[str, Any] = {"color": ARMS["linear"][0], "linestyle": "-", "marker": MARKERS["linear"]}
     tables = []
     arm_looks: dict[str, dict[str, Any]] = {}
     for task, plan in experiment.tasks.items():
@@ -383,7 +387,7 @@ def length_training(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
             tables.append(drawn.assign(task=task, lr=lr, tau=drawn.arm.map(tau)))
             ax.set(title=f"{_label(task)}, lr {lr:g}", xlim=(0, end), xlabel="step")
             if lr == experiment.tasks[task].lrs[0]:
-                ax.set_ylabel(f"training loss\n(mean of last {_window(steps)} steps)")
+                ax.set_ylabel(_loss_label(steps))
         for arm, _ in order:
             label = f"$\\tau$ = {tau[arm]:g}" if _is_linear(arm) else _label(arm)
             handles.setdefault(arm, Line2D([], [], **{**arm_looks[arm], "marker": ""}, label=label))
@@ -406,8 +410,9 @@ def _cells(runs: pd.DataFrame, experiment: Experiment, stage: Stage, task: str, 
     given = [float(lr) for lr in rows.lr.unique()]
     # Only what tuning found depends on the data: the primary lr, which is then the only one of its stage.
     lrs = list(plan.lrs) if stage == "tuning" else [plan.high_lr] if stage == "high" else given or [math.nan]
-    probed = [c.arm for c in experiment.claims.values() if c.kind == "sensitivity"]
-    arms = {"control": [reference], "high": list(dict.fromkeys([reference, *probed]))}.get(stage, list(experiment.arms))
+    probed = [c.arm for c in experiment.claims.values() if c.kind == "sensitivity" and c.arm]
+    high = list(dict.fromkeys([reference, *probed]))
+    arms = high if stage == "high" else [reference] if stage == "control" else list(experiment.arms)
     count = {"tuning": plan.tuning_seeds, "control": plan.control_seeds}.get(stage, plan.test_seeds)
     seeds = range(SEEDS[stage], SEEDS[stage] + count)
     wanted = {(arm, f"{lr:.8g}", seed) for arm, lr, seed in product(arms, lrs, seeds)}
@@ -442,7 +447,8 @@ def _primary(runs: pd.DataFrame, experiment: Experiment, task: str) -> float:
         return float(tested.lr.iloc[0])
     tuning = runs[(runs.stage == "tuning") & (runs.task == task) & (runs.arm == experiment.reference)]
     mean = tuning.groupby("lr").validation.mean()
-    return float(mean.idxmax() if tuning.higher_is_better.iloc[0] else mean.idxmin())
+    best: Any = mean.idxmax() if tuning.higher_is_better.iloc[0] else mean.idxmin()
+    return float(best)
 
 
 def _stages(runs: pd.DataFrame, experiment: Experiment) -> dict[str, list[Stage]]:
@@ -518,7 +524,7 @@ def _losses(
         smooth.columns = pd.Index([f"seed_{seed}" for seed in part.seed])
         shown = smooth.loc[at[at <= steps]]
         done = shown.loc[:, (part.status != "diverged").to_numpy()]
-        top = max(top, float(done.max(axis=None))) if done.size else top
+        top = max(top, float(done.to_numpy().max())) if done.size else top
         median = shown.fillna(np.inf).median(axis=1).replace(np.inf, np.nan)
         line = {"color": look["color"], "linestyle": look["linestyle"]}
         for seed in shown:
@@ -545,6 +551,11 @@ def _above(look: dict[str, Any]) -> float:
 def _window(steps: int) -> int:
     """The length of the running mean: 2 % of the budget."""
     return max(1, round(steps / 50))
+
+
+def _loss_label(steps: int) -> str:
+    smoothed = f"\n(mean of last {_window(steps)} steps)" if _window(steps) > 1 else ""
+    return f"training loss{smoothed}"
 
 
 def _points(every: Iterable[pd.DataFrame]) -> int:
@@ -690,5 +701,5 @@ def _in_words(row: "pd.Series[Any]") -> tuple[str, str]:
 
 def _first(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """The table with these columns first, then the seeds in order."""
-    seeds = sorted(column for column in table if column not in columns)
+    seeds = sorted(str(column) for column in table if column not in columns)
     return table[[*columns, *seeds]].reset_index(drop=True)

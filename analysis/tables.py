@@ -34,12 +34,6 @@ class Results:
         """One row a run and step: run, step, lr, warmup, loss, gradient_norm, update_rms."""
         return pd.read_parquet(self.folder / CURVES)
 
-    @property
-    def verdicts(self) -> pd.DataFrame | None:
-        """The verdict table, or None before there is one."""
-        path = self.folder / "verdicts.csv"
-        return pd.read_csv(path, keep_default_na=False, na_values=[""]) if path.exists() else None
-
     def primary_lr(self, task: str) -> float:
         """The lr at which the claims of a task are tested."""
         tested = self.runs[(self.runs.task == task) & (self.runs.stage == "test")]

@@ -301,6 +301,8 @@ def _explain(overrides: list[str], error: Exception) -> str:
             try:
                 key = OverridesParser.create().parse_override(text).key_or_group
             except _COMPOSING:
+                key = ""
+            if not key:
                 return f"{text!r} is not of the form key=value"
             group = key.partition("@")[0]
             options = [path.stem for path in (CONF / group).glob("*.yaml")]

@@ -39,10 +39,15 @@ Count = Annotated[int, Field(ge=0, lt=1000)]
 
 @checked(frozen=True, config=_SCHEMA)
 class TaskPlan:
-    """The grid of one task: learning rates (increasing) and how many seeds each stage has."""
+    """The grid of one task: learning rates (increasing) and how many seeds each stage has.
+
+    ``task`` is the file in conf/task/; None: the plan's own name in the experiment, which differs where one task
+    stands there several times (with several beta2, say).
+    """
 
     lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
     tuning_seeds: Annotated[int, Field(ge=1, lt=1000)]
+    task: str | None = None
     overrides: tuple[str, ...] = ()
     pilot_seeds: Count = 0
     test_seeds: Count = 0

@@ -312,6 +312,8 @@ def _command(words: argparse.Namespace, console: Console) -> None:
         put, there = restore(folder, store)
         console.print(f"{put} runs restored to {store.root}, {there} were there")
         return
+    if words.command == "run":
+        _check_writable(folder)
     place = Place(
         device=words.device, store=str(store.root), data_root=words.data_root,
         checkpoint_every=words.checkpoint_every, logger=words.logger,
@@ -326,7 +328,6 @@ def _command(words: argparse.Namespace, console: Console) -> None:
         console.print(part)
     if words.command == "plan":
         return
-    _check_writable(folder)
     while True:
         counts = sweep.train(workers)
         damaged = collect(design, [(c, k) for c, k in sweep.cells() if sweep.summary(k, c.run)], store, folder)

@@ -43,9 +43,8 @@ for results in chosen:
     experiment, runs = results.experiment, results.runs
     size = "\n\n*A screening: too small to settle its claims.*" if experiment.screening else ""
     display(Markdown(f"## {results.name}\n\n{experiment.question}\n\nSource: {experiment.source}.{size}"))
-    table = verdicts(results) if results.verdicts is None else results.verdicts
     figures = {
-        "differences": plots.differences(table, runs, experiment),
+        "differences": plots.differences(verdicts(results), runs, experiment),
         "final_metrics": plots.final_metrics(runs, experiment),
         "lr_curves": plots.lr_curves(runs, experiment),
         "training_curves": plots.training_curves(runs, results.curves, experiment),
