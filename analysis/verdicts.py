@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.statistics import over_tasks, paired_equivalence, planned_power
+from analysis.statistics import (
+    largest_stable_lr,
+    over_tasks,
+    paired_equivalence,
+    planned_power,
+    sensitivity,
+    share_diverged,
+)
 from analysis.tables import Results
 from runners.config import UserError
 from runners.experiment import Claim
@@ -169,8 +176,6 @@ def _with_assay(table: pd.DataFrame) -> pd.DataFrame:
 def lr_summary(results: Results) -> pd.DataFrame:
     """The whole lr curve of each task and arm, from tuning runs: best lr and value, sensitivity to the lr, share
     diverged with its 95 % interval, largest stable lr; and whether the best lr lies at an edge of the grid."""
-    from analysis.statistics import largest_stable_lr, sensitivity, share_diverged
-
     rows = []
     tuning = results.runs[results.runs.stage == "tuning"]
     for (task, arm), group in tuning.groupby(["task", "arm"], sort=False):
@@ -186,7 +191,7 @@ def lr_summary(results: Results) -> pd.DataFrame:
                 "arm": arm,
                 "best_lr": best,
                 "at_edge": best in (mean.index.min(), mean.index.max()),
-                "best_validation": mean[best],
+                "best_validation": mean.max() if higher else mean.min(),
                 "sensitivity": sensitivity(mean.to_numpy(), worst, higher),
                 "largest_stable_lr": largest_stable_lr(mean.index.to_numpy(), stable.to_numpy()),
                 "share_diverged": share.share,

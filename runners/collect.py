@@ -132,8 +132,8 @@ def _parquet(table: pd.DataFrame, records: list[dict[str, Any]]) -> bytes:
     """Compact and deterministic bytes."""
     whole = pa.Table.from_pandas(table, preserve_index=False)
     if records:
-        metadata = {**(whole.schema.metadata or {}), RECORDS: base64.b64encode(zlib.compress(json.dumps(records).encode(), 9))}
-        whole = whole.replace_schema_metadata(metadata)
+        packed = base64.b64encode(zlib.compress(json.dumps(records).encode(), 9))
+        whole = whole.replace_schema_metadata({**(whole.schema.metadata or {}), RECORDS: packed})
     buffer = io.BytesIO()
     pq.write_table(whole, buffer, compression="zstd", compression_level=12)
     return buffer.getvalue()

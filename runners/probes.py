@@ -22,22 +22,21 @@ class Recorder:
 
     def __init__(self, run: Run, model: nn.Module, device: torch.device) -> None:
         self.run = run
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
         self.count = sum(p.numel() for p in self.parameters)
         probes, n = run.probes, run.steps
         self.norm_steps = probes.steps("norms", n)
         self.quantile_steps = probes.steps("update_quantiles", n)
         self.histogram_steps = probes.steps("gradient_histogram", n)
-        new = {"device": device, "dtype": torch.float32}
-        self.buffers: dict[str, Tensor] = {
-            "loss": torch.full((n,), torch.nan, **new),
-            "gradient_norm": torch.full((n,), torch.nan, **new),
-            "update_rms": torch.full((n,), torch.nan, **new),
-        }
+
+        def column(*width: int) -> Tensor:
+            return torch.full((n, *width), torch.nan, device=device, dtype=torch.float32)
+
+        self.buffers = {name: column() for name in ("loss", "gradient_norm", "update_rms")}
         if self.quantile_steps:
-            self.buffers["quantiles"] = torch.full((n, len(QUANTILES)), torch.nan, **new)
+            self.buffers["quantiles"] = column(len(QUANTILES))
         if self.histogram_steps:
-            self.buffers["histogram"] = torch.zeros((n, len(BINS) - 1), **new)
+            self.buffers["histogram"] = column(len(BINS) - 1)
         self._before: list[Tensor] | None = None
         self._checked = 0
 

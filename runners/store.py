@@ -223,7 +223,7 @@ class Store:
     def _acquire(self, path: Path) -> bool:
         for _ in range(2):
             try:
-                file = open(path, "x")
+                file = open(path, "x")  # noqa: SIM115 - closed below, and removed if it could not be written
                 try:
                     with file:
                         file.write(self._owner)

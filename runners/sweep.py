@@ -9,7 +9,9 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name
 from runners.experiment import Cell, Design
 from runners.store import FINISHED, Damaged, Store
 from runners.train import make_optimizer, prepare
-from runners.worker import Event, Job, Pool
+from runners.worker import Job, Pool
 
 TRIES = 2
 """How often a sweep starts a run whose worker process was killed."""
@@ -84,6 +86,7 @@ class Sweep:
         """The determined runs that have no result, by id."""
         return {run_id: cell for cell, run_id in self.cells() if self.summary(run_id, cell.run) is None}
 
+    @cached_property
     def seconds_a_run(self) -> dict[str, float]:
         """Training seconds of one run of each task: from the store's results, else by timing a few steps."""
         seconds: dict[str, float] = {}
@@ -113,7 +116,7 @@ class Sweep:
         deaths: dict[str, int] = {}
         elsewhere: dict[str, Cell] = {}
         pending: list[tuple[str, Cell]] = []
-        with Pool(self.place, workers) as pool, Display(self.console, self.design, workers) as display:
+        with Pool(self.place, workers) as pool, Display(self.console, self.seconds_a_run) as display:
             replan = True
             while True:
                 if replan or (pool.idle and not pending):
@@ -123,11 +126,13 @@ class Sweep:
                     pending = [
                         (k, c) for k, c in missing.items() if k not in flying | gave_up | elsewhere.keys()
                     ]
-                    display.expect(len(missing) - len(gave_up & missing.keys()), self._later(missing), counts)
+                    left = Counter(cell.task for run_id, cell in missing.items() if run_id not in gave_up)
+                    display.expect(left + self._later(left), counts)
                     replan = False
                 while pool.idle and pending:
                     run_id, cell = pending.pop(0)
                     pool.start(Job(run_id, cell.run))
+                    display.began(run_id, cell)
                 if not pool.busy and not pending:
                     if not elsewhere:
                         return counts
@@ -158,23 +163,22 @@ class Sweep:
                         display.say(f"{run_id}: {event.text}")
                 display.tick()
 
-    def _later(self, missing: dict[str, Cell]) -> int:
-        """Runs of stages that are not determined yet."""
+    def _later(self, left: Counter[str]) -> Counter[str]:
+        """Runs, by task, of stages that are not determined yet because tuning is not finished."""
         seen = {(cell.task, cell.stage) for cell, _ in self.cells()}
-        return sum(
-            count
-            for task, stages in self.design.size().items()
-            if any((cell.task, cell.stage) == (task, "tuning") for cell in missing.values())
-            for stage, count in stages.items()
-            if (task, stage) not in seen and stage not in ("own", "high")
-        )
+        later: Counter[str] = Counter()
+        for task, stages in self.design.size().items():
+            for stage, count in stages.items():
+                if left[task] and (task, "pilot") not in seen and stage not in ("tuning", "own", "high"):
+                    later[task] += count
+        return later
 
 
 class Display:
     """Progress: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, design: Design, workers: int) -> None:
-        self.console, self.workers = console, workers
+    def __init__(self, console: Console, seconds_a_run: dict[str, float]) -> None:
+        self.console, self.seconds = console, seconds_a_run
         self.live = console.is_terminal
         self.started = time.monotonic()
         self.bar = Progress(
@@ -182,10 +186,11 @@ class Display:
             TextColumn("{task.fields[eta]}"), TextColumn("{task.fields[counts]}"), console=console,
         )  # fmt: skip
         self.item = self.bar.add_task("runs", total=None, eta="", counts="")
-        self.total, self.left, self.counts = 0, 0, dict.fromkeys(("done", "diverged", "error"), 0)
-        self.flying: dict[str, int] = {}
+        self.left: Counter[str] = Counter()
+        self.counts = dict.fromkeys(("done", "diverged", "error"), 0)
+        self.flying: dict[str, tuple[Cell, int]] = {}
+        self.work = 0.0  # of the runs that have ended, in the seconds they were estimated at
         self.said = 0.0
-        self.first = True
 
     def __enter__(self) -> "Display":
         if self.live:
@@ -196,18 +201,22 @@ class Display:
         if self.live:
             self.bar.stop()
 
-    def expect(self, missing: int, later: int, counts: dict[str, int]) -> None:
-        """How many runs are left, now and in stages to come, and how many ended how."""
-        self.left, self.counts = missing + later, counts
-        self.total = self.left + sum(counts.values())
+    def expect(self, left: Counter[str], counts: dict[str, int]) -> None:
+        """How many runs of each task are left, those in flight among them, and how many ended how."""
+        self.left, self.counts = left, counts
+
+    def began(self, run_id: str, cell: Cell) -> None:
+        """A run is in flight."""
+        self.flying[run_id] = (cell, 0)
 
     def step(self, run_id: str, step: int) -> None:
         """A run in flight has reached a step."""
-        self.flying[run_id] = step
+        self.flying[run_id] = (self.flying[run_id][0], step)
 
     def ended(self, run_id: str) -> None:
         """A run is no longer in flight."""
-        self.flying.pop(run_id, None)
+        cell, _ = self.flying.pop(run_id)
+        self.work += self.seconds[cell.task]
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -216,14 +225,19 @@ class Display:
     def tick(self) -> None:
         """Redraw."""
         ended = sum(self.counts.values())
+        total = ended + self.left.total()
         elapsed = time.monotonic() - self.started
-        eta = f"about {_duration(elapsed / ended * self.left)} left" if ended >= self.workers else ""
+        # Estimated seconds tell the tasks apart; how fast they go by tells what they are worth here and now.
+        flying = sum(self.seconds[cell.task] * step / cell.run.steps for cell, step in self.flying.values())
+        left = sum(self.seconds[task] * n for task, n in self.left.items()) - flying
+        done = self.work + flying
+        eta = f"about {_duration(elapsed * left / done)} left" if elapsed > 20 and done else ""
         counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
         if self.live:
-            self.bar.update(self.item, total=self.total, completed=ended, eta=eta, counts=counts)
-        elif time.monotonic() - self.said >= 30 and ended:
+            self.bar.update(self.item, total=total, completed=ended, eta=eta, counts=counts)
+        elif time.monotonic() - self.said >= 30 and elapsed > 20:
             self.said = time.monotonic()
-            self.console.print(f"{ended}/{self.total} runs in {_duration(elapsed)}: {counts}; {eta}", highlight=False)
+            self.console.print(f"{ended}/{total} runs in {_duration(elapsed)}: {counts}; {eta}", highlight=False)
 
 
 def time_steps(run: Run, steps: int = 4) -> float:
@@ -246,7 +260,7 @@ def time_steps(run: Run, steps: int = 4) -> float:
 def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
     """The plan, for the console: arms x tasks x grid = runs, how many are done, the time for the rest."""
     experiment = sweep.design.experiment
-    sizes, seconds = sweep.design.size(), sweep.seconds_a_run()
+    sizes, seconds = sweep.design.size(), sweep.seconds_a_run
     done: dict[tuple[str, str], int] = {}
     cells = {run_id: cell for cell, run_id in sweep.cells()}
     for run_id, cell in cells.items():

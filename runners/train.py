@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import optimizers
 from optimizers.engine import Engine, engine_of
@@ -94,7 +94,7 @@ def train(
     if diverged is None:
         with optimizer.evaluation_weights(), autocast:
             for split in ("validation", "test"):
-                values = task.evaluate(model, split)  # type: ignore[arg-type]
+                values = task.evaluate(model, split)
                 metrics[split] = {name: float(value) for name, value in values.items()}
         if not all(math.isfinite(values["loss"]) for values in metrics.values()):
             # The last step itself broke the weights, after its loss had been looked at.
@@ -217,7 +217,7 @@ def prepare(task: Task, place: Place) -> torch.device:
 def environment(device: torch.device) -> dict[str, str]:
     """What must agree between runs that are compared: device and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    return {"device": device.type, "device_name": name, "torch": torch.__version__, "python": platform.python_version()}
+    return {"device": device.type, "device_name": name, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def vars_of(probes: Any) -> dict[str, Any]:

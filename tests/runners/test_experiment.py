@@ -38,14 +38,22 @@ BAD = [
     ("reference: warm", "reference: wram", "no arm is called 'wram'; did you mean 'warm'?"),
     ("arm: none}", "arm: nnoe}", "claim c: no arm is called 'nnoe'; did you mean 'none'?"),
     (", arm: none}", "}", "claim c: no arm is called None"),
-    ("kind: sensitivity", "kind: sensitivty", "claims.c: kind: input should be 'equivalence', 'sensitivity' or 'control'"),
+    (
+        "kind: sensitivity",
+        "kind: sensitivty",
+        "claims.c: kind: input should be 'equivalence', 'sensitivity' or 'control'",
+    ),
     ("kind: sensitivity", "knd: sensitivity", "claims.c: unknown key 'knd'; did you mean 'kind'?"),
     ("lrs: [0.01, 0.03]", "lrs: [0.03, 0.01]", "tasks.digits_resnet: lrs must increase"),
     ("lrs: [0.01, 0.03]", "lrs: [0.01, 0.01]", "tasks.digits_resnet: lrs must increase"),
     ("lrs: [0.01, 0.03]", "lrs: []", "tasks.digits_resnet: lrs: "),
     ("lrs: [0.01, 0.03]", "lrs: [0, 0.03]", "tasks.digits_resnet: lrs.0: input should be greater than 0 (got 0)"),
     ("lrs: [0.01, 0.03]", "lr: [0.01, 0.03]", "tasks.digits_resnet: unknown key 'lr'; did you mean 'lrs'?"),
-    ("tuning_seeds: 1", "tuning_seeds: 0", "tasks.digits_resnet: tuning_seeds: input should be greater than or equal to 1"),
+    (
+        "tuning_seeds: 1",
+        "tuning_seeds: 0",
+        "tasks.digits_resnet: tuning_seeds: input should be greater than or equal to 1",
+    ),
     ("pilot_seeds: 2, ", "", "tasks.digits_resnet: a test needs a margin: pilot_seeds must be at least 2"),
     ("test_seeds: 2", "test_seeds: 0", "claim c: a claim needs test_seeds in every task"),
     ("test_seeds: 2", "test_seeds: 1000", "tasks.digits_resnet: test_seeds: input should be less than 1000"),
@@ -172,7 +180,9 @@ def test_a_diverged_run_counts_as_the_worst_and_nothing_is_worse() -> None:
 def test_the_best_lr_has_the_best_mean_and_of_equals_is_the_smallest(
     drawn: list[tuple[float, float]], higher: bool, random: Any
 ) -> None:
-    results = [(lr, {**finished(loss), "higher_is_better": higher, "worst": 0.0 if higher else 1.0}) for lr, loss in drawn]
+    results = [
+        (lr, {**finished(loss), "higher_is_better": higher, "worst": 0.0 if higher else 1.0}) for lr, loss in drawn
+    ]
     chosen = best_lr(results)
     sign = 1 if higher else -1
 

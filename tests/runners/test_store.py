@@ -93,7 +93,9 @@ def test_a_result_ends_error_and_checkpoint(store: Store) -> None:
     store.record_error(ID, "again", {})
     store.publish(result_of(ID))
     assert store.status(ID) == "done" and not store.checkpoint(ID).exists()
-    assert files(store.root) == {f"{ID}/{n}" for n in ("summary.json", "config.yaml", "provenance.json", "history.parquet")}
+    assert files(store.root) == {
+        f"{ID}/{n}" for n in ("summary.json", "config.yaml", "provenance.json", "history.parquet")
+    }
 
 
 def damage(folder: Path, how: str) -> None:
@@ -120,7 +122,14 @@ def damage(folder: Path, how: str) -> None:
         (folder / "config.yaml").write_text("lr: 7\n")
 
 
-IN_SUMMARY = ["no summary", "truncated summary", "other summary", "list for summary", "binary summary", "summary without metrics"]
+IN_SUMMARY = [
+    "no summary",
+    "truncated summary",
+    "other summary",
+    "list for summary",
+    "binary summary",
+    "summary without metrics",
+]
 
 
 @pytest.mark.parametrize("how", [*IN_SUMMARY, "no history", "altered history", "altered config"])

@@ -46,7 +46,9 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_repeated_or_resumed_it_is_the_same_to_the_bit(name: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_or_resumed_it_is_the_same_to_the_bit(
+    name: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training, "CHECK_EVERY", 2)
     run = RUNS[name]()
     straight = trained(run, store)
@@ -124,7 +126,7 @@ def test_a_checkpoint_that_cannot_be_used_is_not(how: str, store: Store, monkeyp
 def test_the_old_checkpoint_stays_when_a_new_one_cannot_be_written(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = interrupted(tiny_run(steps=40), store)
+    path = interrupted(tiny_run(steps=60), store)
     old = path.read_bytes()
 
     def full(*_: Any) -> None:
@@ -132,7 +134,7 @@ def test_the_old_checkpoint_stays_when_a_new_one_cannot_be_written(
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(training.UserError, match="No space left on device"):
-        interrupted(tiny_run(steps=40), store)
+        interrupted(tiny_run(steps=60), store)
     assert path.read_bytes() == old and not list(path.parent.glob(".*"))
 
 
@@ -177,7 +179,9 @@ def job_of(run: Run) -> Job:
     return Job(run.id(run.task.fingerprint()), run)
 
 
-def test_an_exception_is_an_error_that_is_recorded_and_tried_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_is_an_error_that_is_recorded_and_tried_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, place = job_of(tiny_run(task={"how": "raise", "at": 4})), Place(device="cpu", store=str(store.root))
     for _ in range(2):
         event = carry_out(job, place, {})
@@ -296,7 +300,9 @@ def test_probes_equal_direct_computation_at_the_listed_steps_only(store: Store) 
         np.testing.assert_array_equal(row.to_numpy()[1:], expected)
 
 
-def test_gradients_outside_the_histogram_are_in_its_first_or_last_bin(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_outside_the_histogram_are_in_its_first_or_last_bin(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from runners.probes import Recorder
 
     run = tiny_run(probes={"gradient_histogram": (1,)})
