@@ -231,6 +231,20 @@ ROWS = [
         paper(recurrences.adan(LR, (0.98, 0.92, 0.99), 30, 0.02)),
         DECAY,
     ),
+    # The averages themselves are compared with torch in test_averaging.py.
+    Row(
+        "iterateaveraging",
+        {"inner": {"name": "adamw", **B}, "start": 20, "every": 7},
+        torch_has(lambda p: T.AdamW(p, LR, BETAS, weight_decay=0.02)),
+        DECAY,
+        quadratic=0.5,
+        rosenbrock=0.5,
+    ),
+    Row(
+        "iterateaveraging",
+        {"inner": ADAM, "kind": "ema", "beta": 0.9, "start": 3},
+        torch_has(lambda p: T.Adam(p, LR, BETAS)),
+    ),
     Row("lookahead", {"inner": ADAM}, authors("lookahead", "lookahead of torch Adam")),
     Row(
         "lookahead",
