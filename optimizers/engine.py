@@ -43,6 +43,7 @@ class Engine(torch.optim.Optimizer):
             coupled     g <- g + weight_decay * theta (L2 regularisation)
             decoupled   theta <- (1 - lr_t * weight_decay) theta, before the step (AdamW)
             proximal    theta <- theta / (1 + lr_t * weight_decay), after the step (Adan)
+            internal    the rule has the decay inside its own direction (LARS and LAMB, and they alone)
             none        no decay, whatever the strength
         weight_decay_mode: None takes the mode of the rule's authors.
         clip_norm: gradients are scaled so that their global norm is at most this (as
@@ -51,7 +52,8 @@ class Engine(torch.optim.Optimizer):
         steps: the budget of the run, which most decays need.
         execution: ``eager``: tensor by tensor; ``flat``: all tensors of a group copied into one, updated and
             copied back, which is fastest where there are many small ones; ``compiled``: as flat, through
-            torch.compile. They agree up to rounding. A rule that is not elementwise is never flattened.
+            torch.compile. They agree up to rounding. A rule with a norm for each tensor is never flattened; one with
+            a norm over all tensors always is, by group, dtype, device and number of updates.
         hyper: hyper-parameters of the rule; ``betas=(.9, .999)`` is understood as ``beta1=.9, beta2=.999``.
 
     Raises:
@@ -124,6 +126,8 @@ class Engine(torch.optim.Optimizer):
         rule = self._make_rule(self._hyper(options))
         if rule.own_warmup and type(self.warmup) is not Warmup:
             raise ValueError(f"{type(rule).__name__} has its own warmup: use it with no other")
+        if options["weight_decay_mode"] == "internal" != rule.weight_decay_mode:
+            raise ValueError(f"{type(rule).__name__} has no internal weight decay: use another weight_decay_mode")
         self.warmup.factor(torch.ones(1, dtype=torch.float64), rule.second_moment_beta)
         # As plain values, so that a state_dict holds nothing that torch.load refuses.
         super().add_param_group({**group, **_plain(rule)})
@@ -198,7 +202,7 @@ class Engine(torch.optim.Optimizer):
     def _advance(self, rule: Rule, group: dict[str, Any], params: list[Any], c: dict[str, float], lr: float) -> None:
         decay = group["weight_decay"]
         mode: WeightDecayMode = group["weight_decay_mode"] if decay else "none"
-        if self.execution == "eager" or not rule.elementwise:
+        if not rule.joint and (self.execution == "eager" or not rule.elementwise):
             states = [{k: v for k, v in self.state[p].items() if k != "step"} for p in params]
             self._update(rule, mode, params, [p.grad for p in params], states, c, lr, decay)
             return
@@ -363,6 +367,8 @@ def _run(
 ) -> None:
     """One step of one rule over tensors of the same step number, in place."""
     lr = lr * c.get("lr", 1.0)
+    if mode == "internal":
+        c = {**c, "weight_decay": decay}
     for p, g, state in zip(params, grads, states, strict=True):
         x = p.float() if p.dtype in HALF else p
         g = g.to(x.dtype)

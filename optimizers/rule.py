@@ -33,7 +33,7 @@ Scalars = dict[str, Any]
 """Scalars of one step: Python floats in eager mode, 0-d tensors in a compiled step. Rules combine them with
 tensors by ``*`` and ``+`` only, never as ``alpha=`` or ``value=``, and never branch on them."""
 
-WeightDecayMode = Literal["none", "coupled", "decoupled", "proximal"]
+WeightDecayMode = Literal["none", "coupled", "decoupled", "proximal", "internal"]
 WEIGHT_DECAY_MODES: tuple[str, ...] = get_args(WeightDecayMode)
 
 
@@ -50,6 +50,7 @@ class Rule:
         own_warmup: the rule already damps its first steps; combining it with a warmup is an error.
         weight_decay_mode: the mode that the rule's authors use, taken unless another is asked for.
         elementwise: each coordinate's step depends on that coordinate alone, so tensors may be joined.
+        joint: the rule takes a norm over all parameters, so the engine joins the tensors of a group into one.
         momentum_state: names of the state tensors that are momentum (Lookahead can reset them).
         revision: raised when the rule's mathematics changes, so that old results are not reused.
     """
@@ -58,6 +59,7 @@ class Rule:
     family: ClassVar[str] = ""
     own_warmup: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
+    joint: ClassVar[bool] = False
     weight_decay_mode: ClassVar[WeightDecayMode] = "decoupled"
     momentum_state: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
@@ -78,7 +80,8 @@ class Rule:
     def update(self, p: Tensor, g: Tensor, state: State, c: Scalars) -> Tensor:
         """Advance ``state`` in place and return the direction, a tensor of p's shape. Never changes p or g.
 
-        ``c`` holds the step's coefficients. Works elementwise on a tensor of any shape.
+        ``c`` holds the step's coefficients, and in the weight-decay mode ``internal`` the strength as
+        ``weight_decay``. Works on a tensor of any shape.
         """
         raise TypeError(f"{type(self).__name__} defines no update")
 
@@ -123,6 +126,10 @@ class Wrapper(Rule):
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
         return self.inner.elementwise
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return self.inner.joint
 
     @property
     def weight_decay_mode(self) -> WeightDecayMode:  # type: ignore[override]

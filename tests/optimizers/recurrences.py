@@ -98,3 +98,168 @@ def adan(
                 yield x
 
     return follow
+
+
+def lion(lr: float, beta1: float, beta2: float, weight_decay: float) -> Recurrence:
+    """Algorithm 2 of Chen et al."""
+
+    def follow(x: float, g: Callable[[int, float], float]) -> Iterator[float]:
+        m, t = 0.0, 0
+        while True:
+            t += 1
+            now = g(t, x)
+            ahead = beta1 * m + (1 - beta1) * now
+            m = beta2 * m + (1 - beta2) * now
+            x -= lr * (math.copysign(1.0, ahead) + weight_decay * x)
+            yield x
+
+    return follow
+
+
+def padam(lr: float, beta1: float, beta2: float, power: float, amsgrad: bool, eps: float = 1e-8) -> Recurrence:
+    """Padam as its authors' code: the bias corrections of Adam, whatever the power."""
+
+    def follow(x: float, g: Callable[[int, float], float]) -> Iterator[float]:
+        m = v = top = 0.0
+        t = 0
+        while True:
+            t += 1
+            now = g(t, x)
+            m = beta1 * m + (1 - beta1) * now
+            v = beta2 * v + (1 - beta2) * now**2
+            top = max(top, v) if amsgrad else v
+            rate = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+            x -= rate * m / (math.sqrt(top) + eps) ** (2 * power)
+            yield x
+
+    return follow
+
+
+def sign_of_momentum(lr: float, beta: float) -> Recurrence:
+    """SignSGD with momentum."""
+
+    def follow(x: float, g: Callable[[int, float], float]) -> Iterator[float]:
+        m, t = 0.0, 0
+        while True:
+            t += 1
+            m = beta * m + (1 - beta) * g(t, x)
+            x -= lr * math.copysign(1.0, m)
+            yield x
+
+    return follow
+
+
+def corrected_signsgd(lr: float, beta1: float, beta2: float, eps: float = 1e-8) -> Recurrence:
+    """Generalized SignSGD with both averages corrected for their start at 0."""
+
+    def follow(x: float, g: Callable[[int, float], float]) -> Iterator[float]:
+        m = v = 0.0
+        t = 0
+        while True:
+            t += 1
+            m = beta1 * m + (1 - beta1) * g(t, x)
+            v = beta2 * v + (1 - beta2) * m**2
+            x -= lr * m / (1 - beta1**t) / (math.sqrt(v / (1 - beta2**t)) + eps)
+            yield x
+
+    return follow
+
+
+# ---- rules that need whole tensors: each a list of its elements, row by row ----
+
+Vectors = list[list[float]]
+TensorRecurrence = Callable[[Vectors, Callable[[int, Vectors], Vectors]], Iterator[Vectors]]
+
+
+def norm(values: list[float]) -> float:
+    return math.sqrt(math.fsum(x * x for x in values))
+
+
+def normalized_sgd(lr: float, beta: float) -> TensorRecurrence:
+    """Normalized SGD with momentum, the norm over all tensors."""
+
+    def follow(x: Vectors, g: Callable[[int, Vectors], Vectors]) -> Iterator[Vectors]:
+        m, t = [[0.0] * len(v) for v in x], 0
+        while True:
+            t += 1
+            now = g(t, x)
+            m = [[beta * a + (1 - beta) * b for a, b in zip(*both, strict=True)] for both in zip(m, now, strict=True)]
+            length = norm([a for v in m for a in v])
+            x = [[a - lr * b / length for a, b in zip(*both, strict=True)] for both in zip(x, m, strict=True)]
+            yield x
+
+    return follow
+
+
+def lars(lr: float, momentum: float, trust: float, weight_decay: float) -> TensorRecurrence:
+    """Algorithm 1 of You et al. 2017; the learning rate is constant."""
+
+    def follow(x: Vectors, g: Callable[[int, Vectors], Vectors]) -> Iterator[Vectors]:
+        buffers, t = [[0.0] * len(v) for v in x], 0
+        while True:
+            t += 1
+            after = []
+            for k, (w, now) in enumerate(zip(x, g(t, x), strict=True)):
+                local = trust * norm(w) / (norm(now) + weight_decay * norm(w))
+                triples = zip(buffers[k], now, w, strict=True)
+                buffers[k] = [momentum * b + lr * local * (d + weight_decay * a) for b, d, a in triples]
+                after.append([a - b for a, b in zip(w, buffers[k], strict=True)])
+            x = after
+            yield x
+
+    return follow
+
+
+def lamb(lr: float, beta1: float, beta2: float, weight_decay: float, eps: float = 1e-6) -> TensorRecurrence:
+    """Algorithm 2 of You et al. 2020 with phi the identity."""
+
+    def follow(x: Vectors, g: Callable[[int, Vectors], Vectors]) -> Iterator[Vectors]:
+        m, v, t = [[0.0] * len(w) for w in x], [[0.0] * len(w) for w in x], 0
+        while True:
+            t += 1
+            after = []
+            for k, (w, now) in enumerate(zip(x, g(t, x), strict=True)):
+                m[k] = [beta1 * a + (1 - beta1) * d for a, d in zip(m[k], now, strict=True)]
+                v[k] = [beta2 * a + (1 - beta2) * d * d for a, d in zip(v[k], now, strict=True)]
+                u = [
+                    a / (1 - beta1**t) / (math.sqrt(b / (1 - beta2**t)) + eps) + weight_decay * c
+                    for a, b, c in zip(m[k], v[k], w, strict=True)
+                ]
+                after.append([c - lr * norm(w) / norm(u) * a for a, c in zip(u, w, strict=True)])
+            x = after
+            yield x
+
+    return follow
+
+
+def adafactor(lr: float, columns: list[int], largest_rate: float, clip: float) -> TensorRecurrence:
+    """Algorithms 4 and 5 of Shazeer & Stern, all steps multiplied by lr. ``columns``: of each matrix, 0 for
+    a vector."""
+    eps1, eps2 = 1e-30, 1e-3
+
+    def follow(x: Vectors, g: Callable[[int, Vectors], Vectors]) -> Iterator[Vectors]:
+        rows = [[0.0] * (len(w) // n if n else 0) for w, n in zip(x, columns, strict=True)]
+        sums = [[0.0] * (n or len(w)) for w, n in zip(x, columns, strict=True)]  # of columns, or elements
+        t = 0
+        while True:
+            t += 1
+            beta2 = 1 - t**-0.8
+            after = []
+            for k, (w, now) in enumerate(zip(x, g(t, x), strict=True)):
+                squares = [d * d + eps1 for d in now]
+                if n := columns[k]:
+                    across = [math.fsum(squares[i : i + n]) for i in range(0, len(w), n)]
+                    down = [math.fsum(squares[j::n]) for j in range(n)]
+                    rows[k] = [beta2 * a + (1 - beta2) * b for a, b in zip(rows[k], across, strict=True)]
+                    sums[k] = [beta2 * a + (1 - beta2) * b for a, b in zip(sums[k], down, strict=True)]
+                    v = [r * s / math.fsum(rows[k]) for r in rows[k] for s in sums[k]]
+                else:
+                    v = sums[k] = [beta2 * a + (1 - beta2) * b for a, b in zip(sums[k], squares, strict=True)]
+                u = [d / math.sqrt(a) for d, a in zip(now, v, strict=True)]
+                size = norm(u) / math.sqrt(len(u))
+                rate = lr * max(eps2, norm(w) / math.sqrt(len(w))) * min(largest_rate, 1 / math.sqrt(t))
+                after.append([a - rate * b / max(1.0, size / clip) for a, b in zip(w, u, strict=True)])
+            x = after
+            yield x
+
+    return follow

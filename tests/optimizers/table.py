@@ -21,7 +21,7 @@ from optimizers.decays import Linear
 from optimizers.rule import available
 from tests.optimizers import recurrences
 from tests.optimizers.problems import gradient, run, start
-from tests.optimizers.recurrences import Recurrence
+from tests.optimizers.recurrences import Recurrence, TensorRecurrence
 
 LR = 0.01
 STEPS = 100
@@ -35,7 +35,13 @@ def torch_has(make: Callable[[Any], torch.optim.Optimizer]) -> Reference:
 
     def follow() -> dict[int, list[Tensor]]:
         params, seen = start(), {}
-        run(make(params), params, 1, STEPS, lambda t: seen.update({t: [p.detach().clone() for p in params]}))
+        # torch keeps some scalars in the default dtype, as NAdam the product of its momenta.
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            run(make(params), params, 1, STEPS, lambda t: seen.update({t: [p.detach().clone() for p in params]}))
+        finally:
+            torch.set_default_dtype(before)
         return seen
 
     return follow
@@ -100,6 +106,24 @@ def paper(recurrence: Recurrence) -> Reference:
             for t, values in enumerate(zip(*paths, strict=True), start=1):
                 seen[t].append(torch.tensor(values, dtype=torch.float64).reshape(p.shape))
         return seen
+
+    return follow
+
+
+def paper_of_tensors(recurrence: TensorRecurrence) -> Reference:
+    """The reference is a recurrence in plain floats over whole tensors."""
+
+    def follow() -> dict[int, list[Tensor]]:
+        params = start()
+
+        def gradients(t: int, now: recurrences.Vectors) -> recurrences.Vectors:
+            return [[gradient(n, i, t, x) for i, x in enumerate(values)] for n, values in enumerate(now)]
+
+        path = itertools.islice(recurrence([p.flatten().tolist() for p in params], gradients), STEPS)
+        return {
+            t: [torch.tensor(v, dtype=torch.float64).reshape(p.shape) for v, p in zip(now, params, strict=True)]
+            for t, now in enumerate(path, start=1)
+        }
 
     return follow
 
@@ -207,6 +231,20 @@ ROWS = [
         paper(recurrences.adan(LR, (0.98, 0.92, 0.99), 30, 0.02)),
         DECAY,
     ),
+    # The averages themselves are compared with torch in test_averaging.py.
+    Row(
+        "iterateaveraging",
+        {"inner": {"name": "adamw", **B}, "start": 20, "every": 7},
+        torch_has(lambda p: T.AdamW(p, LR, BETAS, weight_decay=0.02)),
+        DECAY,
+        quadratic=0.5,
+        rosenbrock=0.5,
+    ),
+    Row(
+        "iterateaveraging",
+        {"inner": ADAM, "kind": "ema", "beta": 0.9, "start": 3},
+        torch_has(lambda p: T.Adam(p, LR, BETAS)),
+    ),
     Row("lookahead", {"inner": ADAM}, authors("lookahead", "lookahead of torch Adam")),
     Row(
         "lookahead",
@@ -225,5 +263,103 @@ ROWS = [
         {"inner": MOMENTUM, "momentum": "pullback_authors"},
         authors("lookahead", "lookahead of torch SGD momentum, momentum pullback"),
         **SGD,
+    ),
+    Row("amsgrad", {}, torch_has(lambda p: T.Adam(p, LR, amsgrad=True))),
+    Row("amsgrad", B, torch_has(lambda p: T.Adam(p, LR, BETAS, weight_decay=0.02, amsgrad=True)), DECAY),
+    Row("nadam", {}, torch_has(lambda p: T.NAdam(p, LR))),
+    Row(
+        "nadam",
+        {**B, "momentum_decay": 0.1},
+        torch_has(lambda p: T.NAdam(p, LR, BETAS, weight_decay=0.02, momentum_decay=0.1, decoupled_weight_decay=True)),
+        {**DECAY, "weight_decay_mode": "decoupled"},
+    ),
+    Row("adagrad", {}, torch_has(lambda p: T.Adagrad(p, LR)), quadratic=0.5, rosenbrock=0.5),
+    Row(
+        "adagrad",
+        {"initial": 0.1},
+        torch_has(lambda p: T.Adagrad(p, LR, weight_decay=0.02, initial_accumulator_value=0.1)),
+        DECAY,
+        quadratic=0.5,
+        rosenbrock=0.5,
+    ),
+    Row("rmsprop", {}, torch_has(lambda p: T.RMSprop(p, LR))),
+    Row(
+        "rmsprop",
+        {"beta2": 0.9, "momentum": 0.8, "centered": True},
+        torch_has(lambda p: T.RMSprop(p, LR, 0.9, weight_decay=0.02, momentum=0.8, centered=True)),
+        DECAY,
+    ),
+    Row("lion", {}, paper(recurrences.lion(LR, 0.9, 0.99, 0.02)), DECAY),
+    Row(
+        "adabelief",
+        {**B, "eps": 1e-8},
+        authors("adabelief", "adabelief, no rectify, decoupled"),
+        DECAY,
+    ),
+    Row("diffgrad", B, authors("diffgrad", "diffgrad, corrected")),
+    Row(
+        "diffgrad",
+        {**B, "variant": "published"},
+        authors("diffgrad", "diffgrad, published code, gradient buffer reused in place"),
+    ),
+    Row(
+        "acprop",
+        B,
+        authors("acprop", "acprop, rectify False, decoupled False"),
+        {**DECAY, "weight_decay_mode": "coupled"},
+        rosenbrock=0.003,
+    ),
+    Row("acprop", B, authors("acprop", "acprop, rectify False, decoupled True"), DECAY, rosenbrock=0.003),
+    Row(
+        "acprop",
+        {**B, "rectify": True},
+        authors("acprop", "acprop, rectify True, decoupled True"),
+        DECAY,
+        rosenbrock=0.003,
+    ),
+    Row("pnm", {}, authors("pnm", "pnm, decoupled decay"), DECAY, rosenbrock=0.0025),
+    Row("adapnm", B, authors("pnm", "adapnm, amsgrad, decoupled decay"), DECAY, rosenbrock=0.2),
+    Row(
+        "adapnm",
+        {**B, "amsgrad": False},
+        authors("pnm", "adapnm, no amsgrad, decoupled decay"),
+        DECAY,
+    ),
+    Row(
+        "generalizedsignsgd",
+        B,
+        authors("generalized_signsgd", "generalized signsgd"),
+    ),
+    Row(
+        "generalizedsignsgd",
+        {"beta2": 0.0, "eps": 0.0},
+        paper(recurrences.sign_of_momentum(LR, 0.9)),
+    ),
+    Row(
+        "generalizedsignsgd",
+        {**B, "bias_correction": True},
+        paper(recurrences.corrected_signsgd(LR, 0.9, 0.99)),
+    ),
+    Row("normalizedsgd", {}, paper_of_tensors(recurrences.normalized_sgd(LR, 0.9))),
+    Row("padam", B, paper(recurrences.padam(LR, 0.9, 0.99, 0.125, True))),
+    Row(
+        "padam",
+        {**B, "power": 0.2, "amsgrad": False},
+        paper(recurrences.padam(LR, 0.9, 0.99, 0.2, False)),
+    ),
+    Row("lars", {"trust": 0.05}, paper_of_tensors(recurrences.lars(LR, 0.9, 0.05, 0.02)), DECAY),
+    Row("lamb", B, paper_of_tensors(recurrences.lamb(LR, 0.9, 0.99, 0.02)), DECAY),
+    # Torch's learning rate is also its largest rate, which 100 steps do not get below.
+    Row(
+        "adafactor",
+        {"relative_step": False},
+        torch_has(lambda p: T.Adafactor(p, LR)),
+    ),
+    Row(
+        "adafactor",
+        {"largest_rate": 0.3, "clip": 0.5},
+        paper_of_tensors(recurrences.adafactor(LR, [0, 3], 0.3, 0.5)),
+        quadratic=3.0,
+        rosenbrock=3.0,
     ),
 ]

@@ -20,6 +20,9 @@ HYPER = {
     "adam2k": {"frozen_steps": 3},
     "adan": {"restart_every": 4},
     "lookahead": {"inner": {"name": "radam"}, "k": 3},
+    "rmsprop": {"momentum": 0.9, "centered": True},
+    "acprop": {"rectify": True},
+    "iterateaveraging": {"inner": {"name": "padam"}, "start": 3, "every": 2},
 }
 
 

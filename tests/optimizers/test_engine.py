@@ -53,6 +53,20 @@ def test_the_mode_of_the_authors_is_the_default(name: str, mode: str) -> None:
     assert getattr(optimizers, name)(start()).param_groups[0]["weight_decay_mode"] == mode
 
 
+def test_internal_decay_is_for_rules_that_know_it() -> None:
+    assert optimizers.LAMB(start()).param_groups[0]["weight_decay_mode"] == "internal"
+    assert optimizers.Lookahead(start(), inner={"name": "lars"}).param_groups[0]["weight_decay_mode"] == "internal"
+    with pytest.raises(ValueError, match=r"^Adam has no internal weight decay: use another weight_decay_mode$"):
+        optimizers.Adam(start(), weight_decay_mode="internal")
+    # Other modes remain possible: at a learning rate of 0.1 and a decay of 0.2, the weights shrink by 0.02.
+    params, plain = start(), start()
+    decayed = run(optimizers.LAMB(params, lr=0.1, weight_decay=0.2, weight_decay_mode="decoupled"), params, 1, 1)
+    run(optimizers.LAMB(plain, lr=0.1), plain, 1, 1)
+    for before, with_decay, without in zip(start(), decayed, plain, strict=True):
+        # The step is in proportion to the weights, which have shrunk already.
+        torch.testing.assert_close(with_decay, before * 0.98 + (without - before) * 0.98)
+
+
 def test_a_mode_without_strength_is_no_decay() -> None:
     ends = []
     for mode in ("none", "coupled", "decoupled", "proximal"):
@@ -409,7 +423,7 @@ def make(name: str = "Adam", **options: Any) -> Engine:
         (
             "Adam",
             {"weight_decay_mode": "l2"},
-            r"weight_decay_mode must be one of none, coupled, decoupled, proximal, got 'l2'",
+            r"weight_decay_mode must be one of none, coupled, decoupled, proximal, internal, got 'l2'",
         ),
         ("Adam", {"clip_norm": 0.0}, r"clip_norm must be a number > 0, got 0\.0"),
         ("Adam", {"clip_norm": -1}, r"clip_norm must be a number > 0, got -1"),

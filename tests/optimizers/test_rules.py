@@ -67,11 +67,107 @@ def test_adamax_survives_a_zero_gradient() -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([1.0, 0.9, 1.1]))
 
 
+def moved(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], g: float) -> list[torch.Tensor]:
+    """How far one step with the gradient g everywhere moves each tensor."""
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, g)
+    optimizer.step()
+    return [b - p.detach() for p, b in zip(params, before, strict=True)]
+
+
+def test_centered_rmsprop_survives_a_constant_gradient() -> None:
+    # The variance is 0 then, and a little less by rounding, of which torch takes the root.
+    p = torch.nn.Parameter(torch.zeros(100))
+    optimizer = optimizers.RMSProp([p], lr=1e-9, centered=True, beta2=0.5)
+    g = torch.linspace(0.1, 3, 100)
+    for _ in range(100):
+        p.grad = g.clone()
+        optimizer.step()
+    assert bool(p.isfinite().all())
+
+
+def test_diffgrad_as_published_is_adam_at_half_the_learning_rate() -> None:
+    ours, theirs = start(), start()
+    published = optimizers.DiffGrad(ours, lr=0.02, variant="published", eps=0.0)
+    adam = optimizers.Adam(theirs, lr=0.01, eps=0.0)
+    # The first step differs: there is no previous gradient yet.
+    assert difference(moved(published, ours, 2.0), moved(adam, theirs, 2.0)) > 0.005
+    assert difference(moved(published, ours, 1.0), moved(adam, theirs, 1.0)) < 1e-15
+
+
+def test_acprop_rectified_has_its_own_warmup() -> None:
+    assert make("acprop", rectify=True).own_warmup and not make("acprop").own_warmup
+    with pytest.raises(ValueError, match="ACProp has its own warmup"):
+        optimizers.ACProp(start(), rectify=True, warmup=optimizers.warmups.Linear(10))
+
+
+def test_pnm_without_its_negative_part_is_momentum_of_every_second_gradient() -> None:
+    params = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))]
+    optimizer = optimizers.PNM(params, lr=1.0, beta1=0.5, beta0=0.0)
+    # With beta1^2 = 1/4: 3/4 of g_1, 3/4 of g_2, then 3/4 of g_3 and 1/4 * 3/4 of g_1.
+    steps = [moved(optimizer, params, g)[0].item() for g in (1.0, 10.0, 100.0)]
+    assert steps == pytest.approx([0.75, 7.5, 75.1875])
+
+
+@pytest.mark.parametrize("execution", ["eager", "flat"])
+def test_normalized_sgd_takes_its_norm_over_a_group(execution: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 1, 5)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    optimizer = optimizers.NormalizedSGD(groups, lr=0.1, execution=execution)
+    x, y, z = moved(optimizer, params, 7.0)
+    assert torch.cat([x, y]).norm().item() == pytest.approx(0.1)
+    assert z.norm().item() == pytest.approx(0.2)
+
+
+def test_normalized_sgd_stays_where_there_is_no_gradient() -> None:
+    params = start()
+    assert all(not d.any() for d in moved(optimizers.NormalizedSGD(params), params, 0.0))
+
+
+@pytest.mark.parametrize("name", ["LARS", "LAMB"])
+def test_a_tensor_of_zeros_gets_away_from_zero(name: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(3))]
+    step = moved(getattr(optimizers, name)(params, lr=0.1, weight_decay=0.1), params, 1.0)[0]
+    assert step.tolist() == pytest.approx([0.1] * 3, rel=1e-5)
+
+
+def test_lamb_steps_have_the_length_of_the_weights() -> None:
+    params = start()
+    lengths = [p.detach().norm().item() for p in params]
+    steps = moved(optimizers.LAMB(params, lr=0.01, weight_decay=0.3), params, 1.0)
+    assert [d.norm().item() for d in steps] == pytest.approx([0.01 * n for n in lengths])
+
+
+def test_adafactor_keeps_rows_and_columns() -> None:
+    rule = make("adafactor")
+    shapes = {
+        n: {k: tuple(v.shape) for k, v in rule.init(torch.ones(n)).items()} for n in [(), (7,), (4, 3), (5, 4, 3)]
+    }
+    assert shapes[()] == {"v": ()} and shapes[7,] == {"v": (7,)}
+    assert shapes[4, 3] == {"row": (4, 1), "column": (1, 3)}
+    assert shapes[5, 4, 3] == {"row": (5, 4, 1), "column": (5, 1, 3)}
+
+
+def test_adafactor_survives_gradients_of_zero_in_float32() -> None:
+    params = [torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = optimizers.Adafactor(params, lr=1.0)
+    assert all(not d.any() for d in moved(optimizer, params, 0.0))
+    # lr times RMS(theta) times the largest rate, the update's own RMS being 1.
+    assert [d.norm().item() / d.numel() ** 0.5 for d in moved(optimizer, params, 5.0)] == pytest.approx([0.01] * 2)
+
+
+def test_adafactor_relative_steps_are_also_those_of_its_decay() -> None:
+    table = make("adafactor").coefficients(torch.tensor([1.0, 1e4, 4e4], dtype=torch.float64))
+    assert table["lr"].tolist() == pytest.approx([0.01, 0.01, 0.005])
+    assert table["keep"][0] == 0
+
+
 def test_rules_state_their_facts() -> None:
     for name, kind in available().items():
         assert kind.paper and kind.family, name
         state = kind().init(torch.zeros(2))
-        assert set(kind().momentum_state) <= set(state) or name == "sgd"
+        assert set(kind().momentum_state) <= set(state) or name in ("sgd", "rmsprop")
 
 
 def test_the_listing_has_a_line_a_rule() -> None:
@@ -94,5 +190,5 @@ def test_the_listing_runs_as_a_module(capsys: pytest.CaptureFixture, monkeypatch
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"^no optimizer is called 'adamm'; there are: adam, adam2k, "):
+    with pytest.raises(ValueError, match=r"^no optimizer is called 'adamm'; there are: acprop, .*, adam, adam2k, "):
         make("adamm")
