@@ -74,8 +74,7 @@ def summary(found: Results, table: pd.DataFrame) -> str:
         reason = f" ({verdict.reason})" if isinstance(verdict.reason, str) and verdict.reason else ""
         by_task = table[(table.claim == name) & (table.task != ALL)]
         tasks = ", ".join(
-            f"{r.task} {'at the high lr ' if r['at'] == 'high' else ''}{_word(r)}"
-            for _, r in by_task.iterrows()
+            f"{r.task} {'at the high lr ' if r['at'] == 'high' else ''}{_word(r)}" for _, r in by_task.iterrows()
         )
         lines.append(f"- **{claim.hypothesis}: {verdict.verdict}**{reason}. By task: {tasks}.")
     if experiment.screening:
@@ -84,9 +83,7 @@ def summary(found: Results, table: pd.DataFrame) -> str:
             "inconclusive, it had too few seeds to tell, not a reason to believe either answer."
         )
     diverged = int((found.runs.drop_duplicates("run").status == "diverged").sum())
-    lines.append(
-        f"\n{found.runs.run.nunique()} runs, {diverged} of them diverged (counted at the task's worst value)."
-    )
+    lines.append(f"\n{found.runs.run.nunique()} runs, {diverged} of them diverged (counted at the task's worst value).")
     return "\n".join(lines)
 
 
@@ -193,8 +190,7 @@ def _readable(curves: pd.DataFrame) -> pd.DataFrame:
             "task": curves.task,
             "arm": curves.arm,
             "best lr": [
-                f"{lr:g}{' (edge)' if edge else ''}"
-                for lr, edge in zip(curves.best_lr, curves.at_edge, strict=True)
+                f"{lr:g}{' (edge)' if edge else ''}" for lr, edge in zip(curves.best_lr, curves.at_edge, strict=True)
             ],
             "validation there": curves.best_validation.map("{:.4g}".format),
             "sensitivity": curves.sensitivity.map("{:.3g}".format),

@@ -51,8 +51,8 @@ class Recorder:
             edges = BINS.to(logs)
             logs = logs.nan_to_num(neginf=float(BINS[0])).clamp(float(BINS[0]), float(BINS[-1]))
             index = (torch.bucketize(logs, edges, right=True) - 1).clamp(0, len(edges) - 2)
-            self.buffers["histogram"][t - 1] = torch.zeros(len(edges) - 1).to(logs).index_add_(
-                0, index, torch.ones_like(logs)
+            self.buffers["histogram"][t - 1] = (
+                torch.zeros(len(edges) - 1).to(logs).index_add_(0, index, torch.ones_like(logs))
             )
         if t in self.norm_steps or t in self.quantile_steps:
             self._before = [p.detach().clone() for p in self.parameters]

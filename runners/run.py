@@ -78,7 +78,9 @@ def _sample(words: list[str]) -> list[list[str]]:
     except HydraException:
         return [words]  # where the mistake is found
     values = [
-        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [str(o.input_line)]
+        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
         for o in overrides
     ]
     first = [options[0] for options in values]

@@ -123,9 +123,7 @@ class Sweep:
                     flying = {job.run_id for job in pool.busy}
                     missing = self.missing()
                     elsewhere = {k: c for k, c in elsewhere.items() if k in missing and self.store.claimed(k)}
-                    pending = [
-                        (k, c) for k, c in missing.items() if k not in flying | gave_up | elsewhere.keys()
-                    ]
+                    pending = [(k, c) for k, c in missing.items() if k not in flying | gave_up | elsewhere.keys()]
                     left = Counter(cell.task for run_id, cell in missing.items() if run_id not in gave_up)
                     display.expect(left + self._later(left), counts)
                     replan = False
@@ -267,7 +265,9 @@ def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
         if sweep.summary(run_id, cell.run) is not None:
             done[cell.task, cell.stage] = done.get((cell.task, cell.stage), 0) + 1
     known = {(cell.task, cell.stage) for cell in cells.values()}
-    table = Table("task", "steps", "lrs", "runs", "done", "s a run", "left", title=f"{experiment.name}: {experiment.question}")
+    table = Table(
+        "task", "steps", "lrs", "runs", "done", "s a run", "left", title=f"{experiment.name}: {experiment.question}"
+    )
     left_total, runs_total, done_total = 0.0, 0, 0
     for task, plan in experiment.tasks.items():
         determined = sum(cell.task == task for cell in cells.values())
@@ -360,7 +360,9 @@ def _print_status(sweep: Sweep, console: Console) -> None:
     table = Table("task", "stage", "runs", "done", "diverged", "error", "in flight")
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for cell, run_id in sweep.cells():
-        row = rows.setdefault((cell.task, cell.stage), dict.fromkeys(("runs", "done", "diverged", "error", "flying"), 0))
+        row = rows.setdefault(
+            (cell.task, cell.stage), dict.fromkeys(("runs", "done", "diverged", "error", "flying"), 0)
+        )
         row["runs"] += 1
         summary = sweep.summary(run_id, cell.run)
         status = summary["status"] if summary is not None else sweep.store.status(run_id)

@@ -1,6 +1,7 @@
 """One run: a training loop that never waits for the device, and what it leaves behind."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -40,7 +41,13 @@ class Interrupted(Exception):
 
 
 def train(
-    run: Run, task: Task, device: torch.device, store: Store, *, checkpoint_every: int = 0, progress: Progress | None = None
+    run: Run,
+    task: Task,
+    device: torch.device,
+    store: Store,
+    *,
+    checkpoint_every: int = 0,
+    progress: Progress | None = None,
 ) -> Result:
     """Train a run to its end, or to where it diverges, on a task that is prepared on the device.
 
@@ -217,7 +224,12 @@ def prepare(task: Task, place: Place) -> torch.device:
 def environment(device: torch.device) -> dict[str, str]:
     """What must agree between runs that are compared: device and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    return {"device": device.type, "device_name": name, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {
+        "device": device.type,
+        "device_name": name,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def vars_of(probes: Any) -> dict[str, Any]:
@@ -252,6 +264,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache  # a process runs the code that it has loaded, whatever is committed later
 def _code() -> dict[str, str | bool]:
     """The revision of the code, and whether it had been changed since."""
 

@@ -14,12 +14,14 @@ from runners.experiment import Design, load
 from tasks import task as tasks
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "optimizer": dict(rule.available()), "warmup": dict(warmups.WARMUPS), "decay": dict(decays.DECAYS), "task": dict(tasks.available()),
+    "optimizer": dict(rule.available()), "warmup": dict(warmups.WARMUPS), "decay": dict(decays.DECAYS),
+    "task": dict(tasks.available()),
 }  # fmt: skip
 FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 DELIBERATE: dict[tuple[str, str], set[str]] = {
     # Values that differ from the constructor's defaults because that is what the file is for.
     ("optimizer", "adam_eps"): {"eps"},
+    ("optimizer", "gadamx"): {"inner"},
     ("optimizer", "sgd"): {"momentum"},  # 0.9 is what everybody trains with; the class follows torch
 }
 BASES = {"rule", "wrapper"}

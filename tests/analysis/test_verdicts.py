@@ -40,9 +40,10 @@ def experiment(claims: dict[str, Claim], tasks: tuple[str, ...] = ("t",), **plan
 def cells(stage: str, arm: str, test: Any, lr: float = LR, task: str = "t", first: int = 3000, **more: Any) -> Cells:
     return [
         {
-            "stage": stage, "task": task, "arm": arm, "lr": lr, "seed": first + i, "status": "done", "diverged_at": math.nan,
-            "metric": "loss", "higher_is_better": False, "worst": 2.0, "validation": v, "test": v, "steps": 40, "beta2": 0.9,
-            "seconds": 1.0, "device": "cpu", "device_name": "x", "torch": "2.11", "execution": "flat", "precision": "float32",
+            "stage": stage, "task": task, "arm": arm, "lr": lr, "seed": first + i, "status": "done",
+            "diverged_at": math.nan, "metric": "loss", "higher_is_better": False, "worst": 2.0, "validation": v,
+            "test": v, "steps": 40, "beta2": 0.9, "seconds": 1.0, "device": "cpu", "device_name": "x", "torch": "2.11",
+            "execution": "flat", "precision": "float32",
             "run": f"{stage}{task}{arm}{lr:g}{i}", **more,
         }
         for i, v in enumerate(np.atleast_1d(test))
@@ -207,12 +208,12 @@ def test_missing_runs_name_the_command(stage: str, arm: str) -> None:
     rows = pilot() + arms()
     rows.remove(next(r for r in rows if (r["stage"], r["arm"]) == (stage, arm)))
     claim = CONTROL if stage == "control" else EQUIVALENT
-    with pytest.raises(UserError, match="missing: make sweep EXPERIMENT=e$"):
+    with pytest.raises(UserError, match=r"missing: make sweep EXPERIMENT=e$"):
         judged(rows, claim)
 
 
 def test_missing_high_runs_name_the_command() -> None:
-    with pytest.raises(UserError, match="missing: make sweep EXPERIMENT=e$"):
+    with pytest.raises(UserError, match=r"missing: make sweep EXPERIMENT=e$"):
         judged(pilot() + arms(), SENSITIVE, high_lr=0.1)
 
 
@@ -257,5 +258,5 @@ def test_results_that_are_not_there_name_the_command(
     if content is not None:
         (tmp_path / "smoke").mkdir()
         (tmp_path / "smoke" / "runs.csv").write_text(content)
-    with pytest.raises(UserError, match="make sweep EXPERIMENT=smoke$"):
+    with pytest.raises(UserError, match=r"make sweep EXPERIMENT=smoke$"):
         load("smoke")

@@ -123,7 +123,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
 
 
 ARMS: dict[str, tuple[str, ...]] = {
-    "none": ("optimizer=adam",), "warm": ("optimizer=adam", "warmup=linear", "warmup.tau=5.0"), "radam": ("optimizer=radam",),
+    "none": ("optimizer=adam",), "warm": ("optimizer=adam", "warmup=linear", "warmup.tau=5.0"),
+    "radam": ("optimizer=radam",),
 }  # fmt: skip
 PLAN: dict[str, Any] = {
     "lrs": (0.003, 0.03), "tuning_seeds": 1, "pilot_seeds": 2, "test_seeds": 2, "own_seeds": 1, "control_seeds": 2,

