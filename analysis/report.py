@@ -148,10 +148,8 @@ def _measured(found: Results) -> str:
     hours = runs.seconds.sum() / 3600
     machine = "; ".join(sorted({f"{r.device_name} ({r.device}), torch {r.torch}" for r in runs.itertuples()}))
     arms = "; ".join(f"`{arm}`: {' '.join(words)}" for arm, words in found.experiment.arms.items())
-    return (
-        f"On {machine}; execution {', '.join(sorted(runs.execution.unique()))}, {', '.join(sorted(runs.precision.unique()))}; "
-        f"{hours:.1f} hours of training added up over all workers.\n\nArms: {arms}."
-    )
+    how = ", ".join([*sorted(runs.execution.unique()), *sorted(runs.precision.unique())])
+    return f"On {machine}; execution {how}; {hours:.1f} hours of training added up over all workers.\n\nArms: {arms}."
 
 
 def _tasks(found: Results) -> pd.DataFrame:
@@ -223,8 +221,13 @@ def _own_lr(found: Results) -> pd.DataFrame:
 
 def _cells(found: Results) -> pd.DataFrame:
     grouped = found.runs.groupby(["task", "arm", "lr"], sort=False)
-    cells = grouped.agg(mean=("validation", "mean"), low=("validation", "min"), high=("validation", "max"),
-                        n=("seed", "nunique"), diverged=("status", lambda s: int((s == "diverged").sum()))).reset_index()  # fmt: skip
+    cells = grouped.agg(
+        mean=("validation", "mean"),
+        low=("validation", "min"),
+        high=("validation", "max"),
+        n=("seed", "nunique"),
+        diverged=("status", lambda status: int((status == "diverged").sum())),
+    ).reset_index()
     for column in ("mean", "low", "high"):
         cells[column] = cells[column].map("{:.4g}".format)
     cells["lr"] = cells.lr.map("{:g}".format)

@@ -25,7 +25,7 @@ from runners.config import UserError
 from runners.experiment import Claim
 
 COMPARABLE = ("device", "device_name", "torch", "execution", "precision", "steps")
-"""What must agree between runs that a verdict pairs."""
+"""What must agree between the runs that a verdict pairs, and the pilot that gave its margin."""
 ALL = "all tasks"
 
 
@@ -94,7 +94,8 @@ def _rows(results: Results, name: str, claim: Claim, task: str) -> list[dict[str
             high = of_task[of_task.stage == "high"]
             arms = [_seeds(results, high, arm, task, plan.test_seeds) for arm in (claim.arm, reference)]
             pairs.append(("high", arms[0], arms[1]))
-    return [_row(name, claim, task, at, arm, ref, limits) for at, arm, ref in pairs]
+    pilot = of_task[of_task.stage == "pilot"]
+    return [_row(name, claim, task, at, arm, ref, pilot, limits) for at, arm, ref in pairs]
 
 
 def _seeds(results: Results, runs: pd.DataFrame, arm: str, task: str, count: int) -> pd.DataFrame:
@@ -108,7 +109,14 @@ def _seeds(results: Results, runs: pd.DataFrame, arm: str, task: str, count: int
 
 
 def _row(
-    name: str, claim: Claim, task: str, at: str, arm: pd.DataFrame, reference: pd.DataFrame, limits: Margin
+    name: str,
+    claim: Claim,
+    task: str,
+    at: str,
+    arm: pd.DataFrame,
+    reference: pd.DataFrame,
+    pilot: pd.DataFrame,
+    limits: Margin,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "claim": name,
@@ -126,8 +134,8 @@ def _row(
         "margin": limits.value,
         "sd_pilot": limits.sd,
     }
-    both = pd.concat([arm, reference])
-    differing = [column for column in COMPARABLE if both[column].nunique() > 1]
+    whole = pd.concat([arm, reference, pilot])
+    differing = [column for column in COMPARABLE if whole[column].nunique() > 1]
     if differing:
         return {**row, "verdict": "not comparable", "reason": f"runs differ in {', '.join(differing)}"}
     if limits.value == 0:

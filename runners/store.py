@@ -43,6 +43,9 @@ HEARTBEAT = 10.0
 STALE = 120.0
 """Seconds without a heartbeat after which a claim is taken over: its owner is dead or cut off."""
 
+ABANDONED = 24 * 3600.0
+"""Seconds after which a directory that was never published is removed."""
+
 _SUMMARY_KEYS = {"id", "status", "metrics", "metric", "worst", "higher_is_better", "steps", "probes", "digests"}
 
 
@@ -78,6 +81,10 @@ class Store:
             probe.unlink()
         except OSError as error:
             raise UserError(f"cannot write to the store {self.root}: {error.strerror}") from None
+        for entry in os.scandir(self.root / ".building"):  # left by processes that were killed while publishing
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
 
     # -- results ---------------------------------------------------------------------------------------------
 

@@ -196,6 +196,11 @@ def test_over_tasks_every_one_must_hold(other: float, verdict: str) -> None:
     assert overall(judged(rows, EQUIVALENT, tasks=("t", "u")), "equivalence") == verdict
 
 
+def test_a_margin_from_another_machine_is_no_margin() -> None:
+    table = judged([{**row, "device_name": "y"} for row in pilot()] + arms(), EQUIVALENT)
+    assert table[table.task == "t"].verdict.iloc[0] == "not comparable"
+
+
 def test_sensitivity_needs_one_task() -> None:
     rows = pilot() + arms(none=0.0) + pilot("u") + arms(none=0.5, task="u")
     table = judged(rows, EQUIVALENT, SENSITIVE, tasks=("t", "u"))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from runners import store as stores
 from runners.config import UserError
-from runners.store import STALE, Damaged, Store, wait_until_free, write_whole
+from runners.store import ABANDONED, STALE, Damaged, Store, wait_until_free, write_whole
 from tests.runners.conftest import result_of
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -309,3 +310,14 @@ def test_the_old_file_stays_when_writing_fails(
     with pytest.raises(UserError, match=f"^cannot write {path}: No space left on device$"):
         write_whole(path, "new")
     assert path.read_text() == "old" and files(tmp_path) == {"file"}
+
+
+def test_what_a_killed_process_left_unpublished_is_removed_in_time(store: Store) -> None:
+    building = store.root / ".building"
+    for name, age in (("old", ABANDONED + 60), ("new", 60.0)):
+        (building / name).mkdir()
+        (building / name / "history.parquet").touch()
+        then = time.time() - age
+        os.utime(building / name, (then, then))
+    Store(store.root)
+    assert [entry.name for entry in building.iterdir()] == ["new"]
