@@ -49,7 +49,7 @@ BAD: list[tuple[list[str], str]] = [
     (["steps=0"], "steps: input should be greater than or equal to 1"),
     (["task.width=0"], "task (digits_resnet): width: input should be greater than or equal to 1"),
     (["task=phrases_transformer", "task.heads=5"], "heads=5"),
-    (["weight_decay_mode=coupledd"], "'none', 'coupled', 'decoupled' or 'proximal' (got 'coupledd')"),
+    (["weight_decay_mode=coupledd"], "'none', 'coupled', 'decoupled', 'proximal' or 'internal' (got 'coupledd')"),
     (["execution=falt"], "'eager', 'flat' or 'compiled' (got 'falt')"),
     (["precision=fp16"], "'float32' or 'bfloat16' (got 'fp16')"),
     (["probes.norms=[0]"], "probes: norms.0: input should be greater than or equal to 1 (got 0)"),
