@@ -308,6 +308,9 @@ def length_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
         arm_looks = _looks([*flat, "untuned_linear"])
         row_axes = [axes[task, lr] for lr in plan.lrs]
         for i, (lr, ax) in enumerate(zip(plan.lrs, row_axes, strict=True)):
+            if i:  # before anything is drawn: sharing takes over the limits as they are
+                ax.sharey(row_axes[0])
+                ax.tick_params(labelleft=False)
             here = cells[np.isclose(cells.lr, lr)]
             timed = here[here.tau.notna()].sort_values(["tau", "seed"])
             mean = timed.groupby("tau")["mean"].first()
@@ -329,15 +332,11 @@ def length_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
             if _at_worst(cells).any():
                 _worst(ax, cells, label="" if i else "left")
             ax.set(title=f"{_label(task)}, lr {lr:g}", xscale="log", xlabel="warmup length $\\tau$ (steps)")
-            decades = [10.0**k for k in range(-3, 8) if min(taus) <= 10.0**k <= max(taus)]
-            ax.xaxis.set_major_locator(FixedLocator(decades if len(decades) > 1 else [min(taus), max(taus)]))
+            ax.xaxis.set_major_locator(FixedLocator(_apart(taus, 1.6)))
             ax.xaxis.set_minor_locator(FixedLocator(taus))
             ax.xaxis.set_major_formatter(PLAIN)
             ax.xaxis.set_minor_formatter(NullFormatter())
-            if i:
-                ax.sharey(row_axes[0])
-                ax.tick_params(labelleft=False)
-            else:
+            if not i:
                 ax.set_ylabel(_metric(cells, "validation", "\n"))
         tables.append(cells)
     table = pd.concat(tables)
@@ -676,6 +675,15 @@ def _lr_ticks(ax: Axes, lrs: Sequence[float]) -> None:
     ax.xaxis.set_minor_locator(FixedLocator(list(lrs)))
     ax.xaxis.set_major_formatter(PLAIN)
     ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _apart(values: Sequence[float], factor: float) -> list[float]:
+    """Of increasing values those that are a factor apart: labels at the others would overlap."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or value >= factor * kept[-1]:
+            kept.append(value)
+    return kept
 
 
 def _label(name: str) -> str:

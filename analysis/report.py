@@ -78,13 +78,15 @@ def summary(found: Results, table: pd.DataFrame) -> str:
         )
         lines.append(f"- **{claim.hypothesis}: {verdict.verdict}**{reason}. By task: {tasks}.")
     if experiment.screening:
-        lines.append(
-            "\nThis is a **screening**: few seeds and short runs. It can show a large difference; where it says "
-            "inconclusive, it had too few seeds to tell, not a reason to believe either answer."
+        undecided = (
+            " It can show a large difference; where it says inconclusive, it had too few seeds to tell, not a reason "
+            "to believe either answer."
         )
+        claims = undecided if experiment.claims else " It makes no claim."
+        lines.append(f"\nThis is a **screening**: few seeds and short runs.{claims}")
     diverged = int((found.runs.drop_duplicates("run").status == "diverged").sum())
     lines.append(f"\n{found.runs.run.nunique()} runs, {diverged} of them diverged (counted at the task's worst value).")
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def _word(row: pd.Series) -> str:
