@@ -154,7 +154,7 @@ def name_of(thing: Rule | warmups.Warmup | decays.Decay | Task) -> str:
 def plain(thing: Rule | warmups.Warmup | decays.Decay | Task) -> dict[str, Any]:
     """Name, fields and revision of an optimizer, warmup, decay or task as plain JSON values."""
     values: dict[str, Any] = {"name": name_of(thing)}
-    for field in dataclasses.fields(thing):
+    for field in dataclasses.fields(thing):  # type: ignore[arg-type]
         value = getattr(thing, field.name)
         values[field.name] = plain(value) if isinstance(value, Rule) else value
     if isinstance(thing, Rule | Task):
