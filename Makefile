@@ -8,6 +8,7 @@ PYTHON     ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
 SWEEP   = $(BIN)/python -m runners.sweep
+TABLES  = results/$(EXPERIMENT)
 PLACE   = --device $(DEVICE) --store $(STORE) $(if $(WORKERS),--workers $(WORKERS))
 
 .DEFAULT_GOAL := help
@@ -32,7 +33,7 @@ $(READY): requirements.lock pyproject.toml
 
 sweep: $(READY)  ## train what EXPERIMENT lacks, then tables, figures and verdicts
 	@$(SWEEP) run $(EXPERIMENT) $(PLACE)
-	@$(BIN)/python -m analysis.run_notebooks --experiment $(EXPERIMENT)
+	@test $(TABLES)/report.md -nt $(TABLES)/runs.csv || $(BIN)/python -m analysis.run_notebooks --experiment $(EXPERIMENT)
 	@$(BIN)/python -m analysis.report $(EXPERIMENT)
 
 plan: $(READY)  ## what a sweep of EXPERIMENT would do, and how long it would take

@@ -44,7 +44,7 @@ def collect(design: Design, cells: Iterable[tuple[Cell, str]], store: Store, fol
         except Damaged as error:
             damaged.append(str(error))
             store.set_aside(run_id)
-    write_whole(folder / "runs.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.9g"))
+    _write(folder / "runs.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.9g").encode())
     names = {name for result in results.values() for name in result.tables}
     for name in sorted(names):
         parts = [result.tables[name].assign(run=run_id) for run_id, result in results.items() if name in result.tables]
@@ -53,7 +53,7 @@ def collect(design: Design, cells: Iterable[tuple[Cell, str]], store: Store, fol
         records = [
             {"summary": r.summary, "config": r.config, "provenance": r.provenance} for r in results.values()
         ] if is_history else []  # fmt: skip
-        write_whole(folder / (CURVES if is_history else f"{name}.parquet"), _parquet(table, records))
+        _write(folder / (CURVES if is_history else f"{name}.parquet"), _parquet(table, records))
     return damaged
 
 
@@ -126,6 +126,12 @@ def restore(folder: Path, store: Store) -> tuple[int, int]:
             store.set_aside(run_id)
         put += store.publish(Result(record["summary"], record["config"], record["provenance"], own))
     return put, len(records) - put
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a table unless it says the same already: its age then tells whether figures are out of date."""
+    if not (path.exists() and path.read_bytes() == content):
+        write_whole(path, content)
 
 
 def _parquet(table: pd.DataFrame, records: list[dict[str, Any]]) -> bytes:
