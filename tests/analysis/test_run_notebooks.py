@@ -1,14 +1,11 @@
-"""Executing notebooks in this interpreter; skipped where the notebooks extra is not installed."""
+"""Executing notebooks in this interpreter."""
 
 import os
 import sys
 
 import pytest
 
-for needed in ("jupytext", "nbclient", "ipykernel"):
-    pytest.importorskip(needed)
-
-run_notebooks = pytest.importorskip("analysis.run_notebooks")
+from analysis import run_notebooks
 
 GOOD = """
 # %% [markdown]
