@@ -201,31 +201,6 @@ def proportion_interval(k: int, n: int, confidence: float = 0.95) -> Proportion:
     return Proportion(k, n, k / n, float(low), float(high))
 
 
-def bootstrap_interval(
-    values: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = 9999
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of values, of shape (n,): the band of a mean in a figure.
-
-    A band, not a test: with few seeds it is too narrow (5 normal values: about 83 % instead of 95 %).
-    (nan, nan) for a single value.
-    """
-    x = _finite(values, "values")
-    if x.ndim != 1 or not len(x):
-        raise ValueError(f"a bootstrap needs values of shape (n,), not {x.shape}")
-    if len(x) == 1:
-        return math.nan, math.nan
-    interval = stats.bootstrap(
-        (x,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=resamples,
-        method="percentile",
-        vectorized=True,
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
 def capped(values: ArrayLike, worst: float, higher_is_better: bool) -> Floats:
     """Values no worse than the task's worst, the value of a diverged run (an infinite one becomes it). NaN is
     an error: a diverged run is recorded as the worst value, not as NaN."""

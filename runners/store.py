@@ -300,12 +300,6 @@ def write_whole(path: Path, text: str | bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def wait_until_free(store: Store, run_id: str, poll: float = 2.0) -> None:
-    """Wait while somebody else trains a run: until its result or failure is there, or its claim is stale."""
-    while store.claimed(run_id) and not (store.root / run_id).exists():
-        time.sleep(poll)
-
-
 def _read(path: Path) -> str | None:
     try:
         return path.read_text()

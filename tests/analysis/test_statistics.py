@@ -178,20 +178,6 @@ def test_wilson_interval():
     assert s.share_diverged([[True, False], [False, False]]) == s.proportion_interval(1, 4)
 
 
-def test_bootstrap_interval():
-    values = np.random.default_rng(0).normal(size=30)
-    low, high = s.bootstrap_interval(values, seed=1)
-    assert (low, high) == s.bootstrap_interval(values, seed=1)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(30), rel=0.1)
-    assert s.bootstrap_interval([2.0, 2.0, 2.0]) == (2, 2)
-    assert all(math.isnan(x) for x in s.bootstrap_interval([2.0]))
-    with pytest.raises(ValueError, match="not finite"):
-        s.bootstrap_interval([1, math.nan])
-    with pytest.raises(ValueError, match="shape"):
-        s.bootstrap_interval([])
-
-
 def test_sensitivity_of_a_curve():
     # losses 1, 2, 9 capped at 4: mean of (0, 1, 3)
     assert s.sensitivity([1, 2, 9], worst=4, higher_is_better=False) == pytest.approx(4 / 3)

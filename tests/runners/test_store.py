@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from runners import store as stores
 from runners.config import UserError
-from runners.store import ABANDONED, STALE, Damaged, Store, wait_until_free, write_whole
+from runners.store import ABANDONED, STALE, Damaged, Store, write_whole
 from tests.runners.conftest import result_of
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -273,22 +273,6 @@ def test_of_two_who_take_over_at_once_at_most_one_owns(store: Store, attempt: in
     assert sum(owned) <= 1 and len(owned) == 2
     with store.claim(ID) as mine:
         assert mine
-
-
-def test_waiting_ends_with_the_claim_or_the_result(store: Store) -> None:
-    wait_until_free(store, ID, poll=0.01)
-    other = Store(store.root)
-    with other.claim(ID):
-        thread = threading.Thread(target=wait_until_free, args=(store, ID, 0.01))
-        thread.start()
-        thread.join(0.05)
-        assert thread.is_alive()
-        other.publish(result_of(ID))
-        thread.join(10)
-    assert not thread.is_alive()
-
-
-# -- whole files ---------------------------------------------------------------------------------------------
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
