@@ -53,6 +53,8 @@ class Rule:
         joint: the rule takes a norm over all parameters, so the engine joins the tensors of a group into one.
         momentum_state: names of the state tensors that are momentum (Lookahead can reset them).
         revision: raised when the rule's mathematics changes, so that old results are not reused.
+        later: fields that were added after results were committed: at its default such a field is left out of a
+            run's id, so that the old results stay.
     """
 
     paper: ClassVar[str] = ""
@@ -63,6 +65,7 @@ class Rule:
     weight_decay_mode: ClassVar[WeightDecayMode] = "decoupled"
     momentum_state: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
+    later: ClassVar[tuple[str, ...]] = ()
 
     def init(self, p: Tensor) -> State:
         """The state of one parameter before its first step: tensors, usually ``zeros(p)``."""

@@ -154,8 +154,12 @@ def name_of(thing: Rule | warmups.Warmup | decays.Decay | Task) -> str:
 def plain(thing: Rule | warmups.Warmup | decays.Decay | Task) -> dict[str, Any]:
     """Name, fields and revision of an optimizer, warmup, decay or task as plain JSON values."""
     values: dict[str, Any] = {"name": name_of(thing)}
+    later = thing.later if isinstance(thing, Rule | Task) else ()
     for field in dataclasses.fields(thing):  # type: ignore[arg-type]
         value = getattr(thing, field.name)
+        default = getattr(field.default, "default", field.default)  # pydantic's Field(default=...)
+        if field.name in later and value == default:
+            continue
         values[field.name] = plain(value) if isinstance(value, Rule) else value
     if isinstance(thing, Rule | Task):
         values["revision"] = thing.revision

@@ -135,7 +135,7 @@ class Design:
                     if word.partition("=")[0] in NOT_HERE:
                         raise UserError(f"experiment {experiment.name}, arm {arm}, task {task}: {word!r} would change "
                                         "nothing: the sweep sets it")  # fmt: skip
-                words.insert(0, f"task={task}")
+                words.insert(0, f"task={plan.task or task}")
                 run, _ = compose_run(words, where=f"experiment {experiment.name}, arm {arm}, task {task}")
                 self.base[arm, task] = run
 

@@ -38,12 +38,15 @@ class Task(abc.ABC):
     Attributes:
         revision: raised when the mathematics or the data preparation changes, so that old results are not
             mistaken for new ones.
+        later: fields that were added after results were committed: at its default such a field is left out of a
+            run's id, so that the old results stay.
         metric: the key of ``evaluate`` that tables and verdicts use.
         higher_is_better: direction of ``metric``.
         steps: default budget of a run, in optimizer steps.
     """
 
     revision: ClassVar[int] = 1
+    later: ClassVar[tuple[str, ...]] = ()
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     steps: ClassVar[int]
