@@ -8,6 +8,10 @@ The stages of a task's runs, each with seeds of its own so that nothing is chose
     high     the same at a higher lr declared in the YAML, for the arms of the sensitivity claims
     own      an arm whose best lr is not the primary one, at its own
     control  the reference arm again on other seeds, for the A/A comparison
+
+An experiment without a reference arm compares optimizers as they would be used: each arm is tried at the same
+multiples of its rule's published rate, and tested at the one that was best for it. It has the stages tuning and
+test alone, and can make no claim: there is nothing to pair with, and no margin.
 """
 
 import dataclasses
@@ -41,6 +45,7 @@ Count = Annotated[int, Field(ge=0, lt=1000)]
 class TaskPlan:
     """The grid of one task: learning rates (increasing) and how many seeds each stage has.
 
+    Without a reference arm ``lrs`` are multiples of each rule's published rate, and tests need no pilot.
     ``task`` is the file in conf/task/; None: the plan's own name in the experiment, which differs where one task
     stands there several times (with several beta2, say).
     """
@@ -58,8 +63,6 @@ class TaskPlan:
     def __post_init__(self) -> None:
         if list(self.lrs) != sorted(set(self.lrs)):
             raise ValueError("lrs must increase")
-        if self.test_seeds and self.pilot_seeds < 2:
-            raise ValueError("a test needs a margin: pilot_seeds must be at least 2")
 
 
 @checked(frozen=True, config=_SCHEMA)
@@ -86,14 +89,22 @@ class Experiment:
     source: str
     cost: str
     arms: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
-    reference: str
     tasks: Annotated[dict[str, TaskPlan], Field(min_length=1)]
+    reference: str | None
     overrides: tuple[str, ...] = ()
     claims: dict[str, Claim] = Field(default_factory=dict)
     screening: bool = False
 
     def __post_init__(self) -> None:
-        if self.reference not in self.arms:
+        for task, plan in self.tasks.items():
+            beside = (plan.pilot_seeds, plan.own_seeds, plan.control_seeds, plan.high_lr)
+            if self.reference is None and any(beside):
+                raise ValueError(f"tasks.{task}: without a reference there are tuning_seeds and test_seeds only")
+            if self.reference is not None and plan.test_seeds and plan.pilot_seeds < 2:
+                raise ValueError(f"tasks.{task}: a test needs a margin: pilot_seeds must be at least 2")
+        if self.reference is None and self.claims:
+            raise ValueError("claims: a claim compares with a reference arm: name one")
+        if self.reference is not None and self.reference not in self.arms:
             raise ValueError(f"reference: no arm is called {self.reference!r}{nearest(self.reference, self.arms)}")
         for name, claim in self.claims.items():
             if claim.kind == "control":
@@ -146,12 +157,13 @@ class Design:
 
     def _task_cells(self, task: str, lookup: Lookup) -> Iterator[Cell]:
         experiment, plan = self.experiment, self.experiment.tasks[task]
-        reference = experiment.reference
+        arms, reference = list(experiment.arms), experiment.reference
 
-        def block(stage: Stage, arms: list[str], lr: float, count: int) -> list[Cell]:
-            return self._block(stage, task, tuple(arms), lr, count)
+        def block(stage: Stage, rates: dict[str, float], count: int) -> list[Cell]:
+            return self._block(stage, task, rates, count)
 
-        tuning = [c for lr in plan.lrs for c in block("tuning", list(experiment.arms), lr, plan.tuning_seeds)]
+        grid = [{arm: rates[i] for arm, rates in self.rates(task).items()} for i in range(len(plan.lrs))]
+        tuning = [c for rates in grid for c in block("tuning", rates, plan.tuning_seeds)]
         yield from tuning
         best: dict[str, float] = {}
         for arm in experiment.arms:
@@ -159,26 +171,38 @@ class Design:
             if any(summary is None for _, summary in values):
                 return
             best[arm] = best_lr([(lr, s) for lr, s in values if s is not None])
+        if reference is None:
+            yield from block("test", best, plan.test_seeds)
+            return
         primary = best[reference]
         for lr in (primary, primary * math.sqrt(2)):
-            yield from block("pilot", [reference], lr, plan.pilot_seeds)
-        yield from block("test", list(experiment.arms), primary, plan.test_seeds)
+            yield from block("pilot", {reference: lr}, plan.pilot_seeds)
+        yield from block("test", dict.fromkeys(arms, primary), plan.test_seeds)
         if plan.high_lr is not None and plan.high_lr != primary:
             probed = [c.arm for c in experiment.claims.values() if c.kind == "sensitivity" and c.arm is not None]
-            yield from block("high", list(dict.fromkeys([reference, *probed])), plan.high_lr, plan.test_seeds)
+            yield from block("high", dict.fromkeys([reference, *probed], plan.high_lr), plan.test_seeds)
         for arm, lr in best.items():
             if lr != primary:
-                yield from block("own", [arm], lr, plan.own_seeds)
-        yield from block("control", [reference], primary, plan.control_seeds)
+                yield from block("own", {arm: lr}, plan.own_seeds)
+        yield from block("control", {reference: primary}, plan.control_seeds)
 
-    def _block(self, stage: Stage, task: str, arms: tuple[str, ...], lr: float, count: int) -> list[Cell]:
-        """All arms at one lr on a stage's seeds. Kept: a sweep asks again after every run."""
-        key = (stage, task, arms, lr)
+    def rates(self, task: str) -> dict[str, tuple[float, ...]]:
+        """The learning rates that each arm is tuned over: the task's own, or as multiples of what was published."""
+        lrs, apart = self.experiment.tasks[task].lrs, self.experiment.reference is None
+        return {
+            # As written in decimals: 10 * .0003 would be .0029999999999999996, and another run than .003.
+            arm: tuple(float(f"{lr * self.base[arm, task].optimizer.published_lr:.6g}") for lr in lrs) if apart else lrs
+            for arm in self.experiment.arms
+        }
+
+    def _block(self, stage: Stage, task: str, rates: dict[str, float], count: int) -> list[Cell]:
+        """Some arms, each at its lr, on a stage's seeds. Kept: a sweep asks again after every run."""
+        key = (stage, task, *rates.items())
         if key not in self._blocks:
             self._blocks[key] = [
                 Cell(stage, arm, task, lr, seed, self.base[arm, task].replace(lr=lr, seed=seed))
                 for seed in range(SEEDS[stage], SEEDS[stage] + count)
-                for arm in arms
+                for arm, lr in rates.items()
             ]
         return self._blocks[key]
 

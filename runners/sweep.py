@@ -166,8 +166,9 @@ class Sweep:
         seen = {(cell.task, cell.stage) for cell, _ in self.cells()}
         later: Counter[str] = Counter()
         for task, stages in self.design.size().items():
+            tuned = any((task, stage) in seen for stage in stages if stage != "tuning")
             for stage, count in stages.items():
-                if left[task] and (task, "pilot") not in seen and stage not in ("tuning", "own", "high"):
+                if left[task] and not tuned and stage not in ("tuning", "own", "high"):
                     later[task] += count
         return later
 
@@ -278,7 +279,7 @@ def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
         left_total, runs_total, done_total = left_total + left, runs_total + runs, done_total + finished
         steps = next(r for (_, t), r in sweep.design.base.items() if t == task).steps
         table.add_row(
-            task, str(steps), " ".join(f"{lr:g}" for lr in plan.lrs), f"{'' if tuned else '≥ '}{runs}", str(finished),
+            task, str(steps), lrs_in_words(experiment, task), f"{'' if tuned else '≥ '}{runs}", str(finished),
             f"{seconds[task]:.1f}", _duration(left),
         )  # fmt: skip
     yield table

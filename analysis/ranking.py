@@ -1,0 +1,131 @@
+"""Optimizers side by side, each at the rate that was best for it: experiments without a reference arm."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.statistics import sensitivity
+from analysis.style import BLUE, GREY, ORANGE, PURPLE, VERMILION, panels
+from analysis.tables import Results
+from runners.config import UserError
+
+LIKE = "adam"
+"""The arm that step times are given in multiples of, where there is one."""
+
+
+def ranking(found: Results) -> pd.DataFrame:
+    """One row a task and arm, tasks in the experiment's order, the best arm over all tasks first.
+
+    Columns: task, arm; lr, multiple (of the published rate), at_edge (of the grid): the rate of the tests, chosen on
+    validation data with tuning seeds; validation (there); sensitivity (see statistics.sensitivity) over the grid; test
+    (mean over the test seeds), sd, low and high (over the seeds), n; rank (of ``test`` on its task) and mean_rank
+    (over the tasks); diverged and tried (runs, of tuning and test); step_ms: milliseconds a step of the
+    fastest run, model and optimizer together, and step_ratio: that over the arm ``adam``'s.
+
+    Raises:
+        UserError: if a run of the design is missing, naming the command that makes it.
+    """
+    rows = [_row(found, task, arm) for task in found.experiment.tasks for arm in found.experiment.arms]
+    table = pd.DataFrame(rows)
+    signed = table.test.where(~table.pop("higher"), -table.test)
+    table["rank"] = signed.groupby(table.task).rank(method="average")
+    table["mean_rank"] = table.groupby("arm")["rank"].transform("mean")
+    like = table[table.arm == LIKE].set_index("task").step_ms
+    table["step_ratio"] = table.step_ms / table.task.map(like)
+    place = {task: i for i, task in enumerate(found.experiment.tasks)}
+    order = pd.DataFrame({"task": table.task.map(place), "rank": table.mean_rank, "arm": table.arm})
+    return table.loc[order.sort_values(["task", "rank", "arm"]).index].reset_index(drop=True)
+
+
+def _row(found: Results, task: str, arm: str) -> dict[str, Any]:
+    plan = found.experiment.tasks[task]
+    runs = found.runs[(found.runs.task == task) & (found.runs.arm == arm)]
+    tuning, test = runs[runs.stage == "tuning"], runs[runs.stage == "test"]
+    lacking = len(plan.lrs) * plan.tuning_seeds - len(tuning), plan.test_seeds - len(test)
+    if any(lacking):
+        raise UserError(f"{sum(lacking)} runs of {arm} on {task} are missing: make sweep EXPERIMENT={found.name}")
+    higher, worst = bool(runs.higher_is_better.iloc[0]), float(runs.worst.iloc[0])
+    mean = tuning.groupby("lr").validation.mean()  # in order of lr, as plan.lrs
+    lr = float(test.lr.iloc[0])
+    at = int(np.argmin(np.abs(mean.index.to_numpy() / lr - 1)))
+    done = runs[runs.status == "done"]
+    return {
+        "task": task,
+        "arm": arm,
+        "metric": runs.metric.iloc[0],
+        "higher": higher,
+        "lr": lr,
+        "multiple": plan.lrs[at],
+        "at_edge": at in (0, len(mean) - 1),
+        "validation": mean.iloc[at],
+        "sensitivity": sensitivity(mean.to_numpy(), worst, higher),
+        "test": test.test.mean(),
+        "sd": test.test.std(),
+        "low": test.test.min(),
+        "high": test.test.max(),
+        "n": len(test),
+        "diverged": int((runs.status == "diverged").sum()),
+        "tried": len(runs),
+        "step_ms": 1000 * (done.seconds / done.steps).min(),
+    }
+
+
+def figure(found: Results) -> tuple[Figure, pd.DataFrame]:
+    """The ranking as a picture: a line an arm, the best mean rank on top; and the table plotted.
+
+    First a panel a task with the test metric (dots are seeds, a bar their mean; hollow: the best rate was at an edge
+    of the grid); then, for all tasks, the sensitivity to the rate, the share of diverged runs and the time of a step.
+    """
+    table = ranking(found)
+    tasks = list(found.experiment.tasks)
+    arms = list(table[table.task == tasks[0]].arm)
+    y = {arm: i for i, arm in enumerate(arms)}
+    colours = dict(zip(tasks, (BLUE, VERMILION, ORANGE, PURPLE, GREY), strict=False))
+    drawn, axes = panels(len(tasks) + 3, 1, (1.95, 1.2 + 0.2 * len(arms)), share_y=True)
+    for task, ax in zip(tasks, axes, strict=False):
+        own = table[table.task == task].set_index("arm")
+        tests = found.runs[(found.runs.task == task) & (found.runs.stage == "test")]
+        colour = colours[task]
+        ax.plot(tests.test, tests.arm.map(y), "o", color=colour, markersize=3, alpha=0.45, markeredgewidth=0)
+        for edge, face in ((True, "white"), (False, colour)):
+            part = own[own.at_edge == edge]
+            ax.plot(part.test, part.index.map(y), "|", color=colour, markersize=9, markeredgewidth=1.6)
+            ax.plot(part.test, part.index.map(y), "D", color=colour, markerfacecolor=face, markersize=4)
+        worst, better = float(tests.worst.iloc[0]), "higher" if tests.higher_is_better.iloc[0] else "lower"
+        ax.axvline(worst, color=GREY, linestyle="--", linewidth=0.8, zorder=1)
+        ax.set(title=task.replace("_", " "), xlabel=f"test {own.metric.iloc[0]} ({better} is better)")
+    for ax, column, label in zip(
+        axes[len(tasks) :], ("sensitivity", "share_diverged", "step_ratio"),
+        ("sensitivity to the rate", "share of runs diverged", f"time of a step / {LIKE}'s"), strict=True,
+    ):  # fmt: skip
+        values = table.diverged / table.tried if column == "share_diverged" else table[column]
+        for shift, task in zip(np.linspace(-0.22, 0.22, len(tasks)), tasks, strict=True):
+            own = table.task == task
+            ax.plot(values[own], table.arm[own].map(y) + shift, "o", color=colours[task], markersize=3.5)
+        ax.set_xlabel(label)
+        ax.set_xlim(left=min(0.0, float(values.min())))
+    _lines(axes, arms)
+    handles = [Line2D([], [], color=colours[task], marker="o", linestyle="", label=task.replace("_", " "))
+               for task in tasks]  # fmt: skip
+    handles += [
+        Line2D([], [], color=GREY, marker="D", linestyle="", label="mean of the test seeds"),
+        Line2D([], [], color=GREY, marker="D", markerfacecolor="white", linestyle="", label="best rate at an edge"),
+        Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="worst value of the task"),
+    ]
+    drawn.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return drawn, table
+
+
+def _lines(axes: list[Axes], arms: list[str]) -> None:
+    for ax in axes:
+        ax.grid(visible=False, axis="y")
+        for i, _ in pairwise(range(0, len(arms) + 2, 2)):
+            ax.axhspan(i - 0.5, i + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
+        ax.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
