@@ -5,7 +5,7 @@ from tabulate import tabulate
 
 from optimizers.rule import Rule, available
 
-COLUMNS = ("name", "family", "bytes/parameter", "own warmup", "weight decay", "paper", "what it is")
+COLUMNS = ("name", "family", "bytes/parameter", "own warmup", "lr", "weight decay", "paper", "what it is")
 
 
 def row(name: str, rule: Rule) -> tuple[str, ...]:
@@ -14,7 +14,17 @@ def row(name: str, rule: Rule) -> tuple[str, ...]:
     state = sum(value.numel() * value.element_size() for value in rule.init(p).values())
     own = "yes" if rule.own_warmup else "no"
     line = (type(rule).__doc__ or "").strip().splitlines()[0]
-    return (name, rule.family, f"{state / p.numel():g}", own, rule.weight_decay_mode, rule.paper, line)
+    lr = f"{rule.published_lr:g}"
+    return (
+        name,
+        rule.family,
+        f"{state / p.numel():g}",
+        own,
+        f"{rule.published_lr:g}",
+        rule.weight_decay_mode,
+        rule.paper,
+        line,
+    )
 
 
 def table() -> str:

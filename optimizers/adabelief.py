@@ -23,6 +23,7 @@ class AdaBelief(Rule):
 
     paper: ClassVar[str] = "Zhuang et al. 2020, arXiv 2010.07468"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-3  # authors' code
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 
     beta1: Beta = 0.9

@@ -41,6 +41,11 @@ class Adafactor(Rule):
     largest_rate: Positive = 1e-2
     scale_parameter: Flag = True
 
+    @property
+    def published_lr(self) -> float:  # type: ignore[override]
+        # With relative steps largest_rate is inside the rule, as in the paper, and lr only scales it.
+        return 1.0 if self.relative_step else 1e-2
+
     def init(self, p: Tensor) -> State:
         if p.dim() < 2:
             return {"v": zeros(p)}

@@ -20,6 +20,7 @@ class Adagrad(Rule):
 
     paper: ClassVar[str] = "Duchi et al. 2011, JMLR 12"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-2  # torch; the paper tunes it
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
 
     initial: NonNegative = 0.0

@@ -20,6 +20,7 @@ class Adam(Rule):
 
     paper: ClassVar[str] = "Kingma & Ba 2015, arXiv 1412.6980"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-3  # paper
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 

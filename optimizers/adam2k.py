@@ -26,6 +26,7 @@ class Adam2k(Adam):
     """
 
     paper: ClassVar[str] = "Liu et al. 2020, arXiv 1908.03265, section 3.2"
+    published_lr: ClassVar[float] = 3e-4  # RAdam's authors, on translation
     own_warmup: ClassVar[bool] = True
     weight_decay_mode: ClassVar[WeightDecayMode] = "decoupled"
 

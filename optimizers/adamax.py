@@ -21,6 +21,7 @@ class AdaMax(Rule):
 
     paper: ClassVar[str] = "Kingma & Ba 2015, arXiv 1412.6980"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 2e-3  # paper
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 

@@ -32,6 +32,7 @@ class Adan(Rule):
 
     paper: ClassVar[str] = "Xie et al. 2022, arXiv 2208.06677"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-3  # authors' code
     weight_decay_mode: ClassVar[WeightDecayMode] = "proximal"
     momentum_state: ClassVar[tuple[str, ...]] = ("m", "v")
 

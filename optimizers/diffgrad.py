@@ -26,6 +26,7 @@ class DiffGrad(Rule):
 
     paper: ClassVar[str] = "Dubey et al. 2020, arXiv 1909.11015"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-3  # authors' code
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 

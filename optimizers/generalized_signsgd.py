@@ -24,6 +24,7 @@ class GeneralizedSignSGD(Rule):
 
     paper: ClassVar[str] = "Crawshaw et al. 2022, arXiv 2208.11195"
     family: ClassVar[str] = "sign"
+    published_lr: ClassVar[float] = 1e-3  # authors' code
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 

@@ -21,6 +21,7 @@ class Lion(Rule):
 
     paper: ClassVar[str] = "Chen et al. 2023, arXiv 2302.06675"
     family: ClassVar[str] = "sign"
+    published_lr: ClassVar[float] = 1e-4  # authors' code
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 
     beta1: Beta = 0.9

@@ -22,6 +22,7 @@ class NAdam(Rule):
 
     paper: ClassVar[str] = "Dozat 2016, ICLR workshop"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 2e-3  # torch, after Keras
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 

@@ -24,6 +24,7 @@ class NormalizedSGD(Rule):
 
     paper: ClassVar[str] = "Cutkosky & Mehta 2020, arXiv 2002.03305"
     family: ClassVar[str] = "sgd"
+    published_lr: ClassVar[float] = 0.1  # as tuned on CIFAR-10 by the authors of generalized SignSGD
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
     elementwise: ClassVar[bool] = False

@@ -23,6 +23,7 @@ class Padam(Rule):
 
     paper: ClassVar[str] = "Chen et al. 2020, arXiv 1806.06763"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 0.1  # paper
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 

@@ -23,6 +23,7 @@ class PNM(Rule):
 
     paper: ClassVar[str] = "Xie et al. 2021, arXiv 2103.17182"
     family: ClassVar[str] = "sgd"
+    published_lr: ClassVar[float] = 0.1  # paper
     momentum_state: ClassVar[tuple[str, ...]] = ("m", "before")
 
     beta1: Beta = 0.9
@@ -49,6 +50,7 @@ class AdaPNM(Rule):
 
     paper: ClassVar[str] = "Xie et al. 2021, arXiv 2103.17182"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-3  # authors' code
     momentum_state: ClassVar[tuple[str, ...]] = ("m", "before")
 
     beta1: Beta = 0.9

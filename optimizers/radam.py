@@ -31,6 +31,7 @@ class RAdam(Rule):
 
     paper: ClassVar[str] = "Liu et al. 2020, arXiv 1908.03265"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-3  # authors' code
     own_warmup: ClassVar[bool] = True
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
 

@@ -22,6 +22,7 @@ class RMSProp(Rule):
 
     paper: ClassVar[str] = "Tieleman & Hinton 2012, lecture 6e"
     family: ClassVar[str] = "adaptive"
+    published_lr: ClassVar[float] = 1e-2  # torch; the lecture gives none
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("b",)
 

@@ -47,6 +47,8 @@ class Rule:
     Class attributes (facts about the rule, listed by ``python -m optimizers``):
         paper: where the rule comes from.
         family: a word that groups related rules.
+        published_lr: the learning rate that the rule's authors publish as their default, or whoever the comment beside
+            it names; for these hyper-parameters, without warmup or decay.
         own_warmup: the rule already damps its first steps; combining it with a warmup is an error.
         weight_decay_mode: the mode that the rule's authors use, taken unless another is asked for.
         elementwise: each coordinate's step depends on that coordinate alone, so tensors may be joined.
@@ -59,6 +61,7 @@ class Rule:
 
     paper: ClassVar[str] = ""
     family: ClassVar[str] = ""
+    published_lr: ClassVar[float] = 0.0
     own_warmup: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
     joint: ClassVar[bool] = False
@@ -121,6 +124,10 @@ class Wrapper(Rule):
             if type(rule) is type(self):
                 raise ValueError(f"{type(self).__name__} cannot wrap itself: the two would share their state")
             rule = rule.inner
+
+    @property
+    def published_lr(self) -> float:  # type: ignore[override]
+        return self.inner.published_lr
 
     @property
     def own_warmup(self) -> bool:  # type: ignore[override]

@@ -19,6 +19,7 @@ class SGD(Rule):
 
     paper: ClassVar[str] = "Sutskever et al. 2013"
     family: ClassVar[str] = "sgd"
+    published_lr: ClassVar[float] = 0.1  # He et al. 2015, with momentum 0.9; a usual choice, no default
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("b",)
 

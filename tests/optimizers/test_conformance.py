@@ -38,6 +38,11 @@ def test_every_rule_is_importable_as_an_optimizer() -> None:
 
 
 @every_row
+def test_every_rule_states_its_published_learning_rate(row: Row) -> None:
+    assert 0 < make(row.rule, **row.hyper).published_lr <= 10
+
+
+@every_row
 @pytest.mark.parametrize("execution", ["eager", "flat"])
 def test_matches_its_reference(row: Row, execution: str) -> None:
     params, seen = start(), {}
