@@ -168,7 +168,7 @@ def _tasks(found: Results) -> pd.DataFrame:
                 "worst": f"{runs.worst.iloc[0]:.3g}",
                 "steps": runs.steps.iloc[0],
                 "β2": ", ".join(f"{b:g}" for b in sorted(runs.beta2.dropna().unique())),
-                "lrs": " ".join(f"{lr:g}" for lr in plan.lrs),
+                "lrs": found.experiment.grid(task),
                 "primary lr": f"{tested.lr.iloc[0]:g}" if len(tested) else "",
                 "seeds": ", ".join(f"{n} {stage}" for stage, n in stages.items()),
             }

@@ -115,6 +115,10 @@ class Experiment:
             if any(not plan.test_seeds for plan in self.tasks.values()):
                 raise ValueError(f"claim {name}: a claim needs test_seeds in every task")
 
+    def grid(self, task: str) -> str:
+        """The learning rates of a task in words; with a cross where they are multiples of the published rate."""
+        return " ".join(f"{'×' if self.reference is None else ''}{lr:g}" for lr in self.tasks[task].lrs)
+
 
 @dataclass(frozen=True)
 class Cell:

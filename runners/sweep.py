@@ -279,7 +279,7 @@ def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
         left_total, runs_total, done_total = left_total + left, runs_total + runs, done_total + finished
         steps = next(r for (_, t), r in sweep.design.base.items() if t == task).steps
         table.add_row(
-            task, str(steps), lrs_in_words(experiment, task), f"{'' if tuned else '≥ '}{runs}", str(finished),
+            task, str(steps), experiment.grid(task), f"{'' if tuned else '≥ '}{runs}", str(finished),
             f"{seconds[task]:.1f}", _duration(left),
         )  # fmt: skip
     yield table
