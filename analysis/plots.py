@@ -133,6 +133,7 @@ def final_metrics(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
             )
         names = [_label(arm) for arm, _ in shown]
         if stage == "test" and experiment.tasks[task].control_seeds:
+            assert experiment.reference is not None
             control = _cells(runs, experiment, "control", task, "test")
             shown.append((experiment.reference, control))
             names.append(f"{_label(experiment.reference)} again")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import ranking
 from analysis.tables import Results, load
 from analysis.verdicts import ALL, lr_summary, margin, verdicts
 from runners.config import UserError
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
 def write(found: Results) -> str:
     """Write verdicts, lr curves and report; the summary for the console."""
     table, curves = verdicts(found), lr_summary(found)
-    for name, frame in (("verdicts", table), ("lr_curves", curves)):
+    ranked = ranking.ranking(found) if found.experiment.reference is None else pd.DataFrame()
+    for name, frame in (("verdicts", table), ("lr_curves", curves), ("ranking", ranked)):
         if len(frame):
             write_whole(found.folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
     write_whole(found.folder / "report.md", report(found, table, curves))
@@ -51,6 +53,9 @@ def report(found: Results, table: pd.DataFrame, curves: pd.DataFrame) -> str:
     ]
     if len(table):
         parts += ["## Verdicts", verdict_markdown(table), _how_to_read(found)]
+    if experiment.reference is None:
+        ranked = _table(ranking.readable(ranking.ranking(found)))
+        parts += ["## Side by side", ranked, _RANKING_NOTE, ranking.limits(found)]
     parts += ["## How it was measured", _measured(found), _table(_tasks(found))]
     if len(table):
         parts += ["### Margins", _table(_margins(found)), _MARGIN_NOTE]
@@ -58,7 +63,7 @@ def report(found: Results, table: pd.DataFrame, curves: pd.DataFrame) -> str:
     own = _own_lr(found)
     if len(own):
         parts += ["## Each arm at its own best lr", _table(own), _OWN_NOTE]
-    if not len(table):
+    if not len(table) and experiment.reference is not None:
         parts += ["## Every cell", _table(_cells(found))]
     if images := sorted((found.folder / "figures").glob("*.png")):
         parts += ["## Figures", *(f"![{p.stem.replace('_', ' ')}](figures/{p.name})" for p in images)]
@@ -139,6 +144,12 @@ _CURVE_NOTE = (
     "(Wortsman et al. 2023). Largest stable lr: no seed diverged or ended at the task's worst value. An optimum at "
     "an edge of the grid may lie beyond it."
 )
+_RANKING_NOTE = (
+    "Test metric: mean ± sd over the test seeds at the rate that was best on validation data (edge: of the grid). "
+    "Sensitivity: how much the grid loses on average to its own best, as a share of what lies between the worst value "
+    "and the best optimizer's, averaged over the tasks. Step: the time of a whole training step of the fastest run, by "
+    "task in the order of the columns."
+)
 _OWN_NOTE = (
     "Secondary. Tuning each arm alone can remove the very effect under test, so no claim rests on this table: it "
     "shows the test metric of each arm at its own best lr of the tuning runs."
@@ -156,7 +167,7 @@ def _measured(found: Results) -> str:
 
 def _tasks(found: Results) -> pd.DataFrame:
     rows = []
-    for task, plan in found.experiment.tasks.items():
+    for task in found.experiment.tasks:
         runs = found.runs[found.runs.task == task]
         stages = runs.groupby("stage", sort=False).seed.nunique()
         tested = runs[runs.stage == "test"]
@@ -169,7 +180,7 @@ def _tasks(found: Results) -> pd.DataFrame:
                 "steps": runs.steps.iloc[0],
                 "β2": ", ".join(f"{b:g}" for b in sorted(runs.beta2.dropna().unique())),
                 "lrs": found.experiment.grid(task),
-                "primary lr": f"{tested.lr.iloc[0]:g}" if len(tested) else "",
+                "primary lr": f"{tested.lr.iloc[0]:g}" if tested.lr.nunique() == 1 else "",
                 "seeds": ", ".join(f"{n} {stage}" for stage, n in stages.items()),
             }
         )

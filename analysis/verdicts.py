@@ -77,6 +77,7 @@ def verdicts(results: Results) -> pd.DataFrame:
 
 def _rows(results: Results, name: str, claim: Claim, task: str) -> list[dict[str, Any]]:
     runs, reference = results.runs, results.experiment.reference
+    assert reference is not None  # an experiment without one has no claims
     of_task = runs[runs.task == task]
     limits = margin(results, task)
     test, plan = of_task[of_task.stage == "test"], results.experiment.tasks[task]

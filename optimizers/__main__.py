@@ -14,7 +14,6 @@ def row(name: str, rule: Rule) -> tuple[str, ...]:
     state = sum(value.numel() * value.element_size() for value in rule.init(p).values())
     own = "yes" if rule.own_warmup else "no"
     line = (type(rule).__doc__ or "").strip().splitlines()[0]
-    lr = f"{rule.published_lr:g}"
     return (
         name,
         rule.family,

@@ -37,6 +37,7 @@ BAD = [
     ("question: Q?", "questoin: Q?", "unknown key 'questoin'; did you mean 'question'?"),
     ("reference: warm", "", "reference: field required"),
     ("reference: warm", "reference: wram", "no arm is called 'wram'; did you mean 'warm'?"),
+    ("reference: warm", "reference: null", "tasks.digits_resnet: without a reference there are tuning_seeds and test_"),
     ("arm: none}", "arm: nnoe}", "claim c: no arm is called 'nnoe'; did you mean 'none'?"),
     (", arm: none}", "}", "claim c: no arm is called None"),
     (
@@ -162,6 +163,37 @@ def test_stages_appear_when_tuning_is_finished_each_with_seeds_of_its_own(tiny_e
     for stage, count in design.size()["tiny"].items():
         found = sum(c.stage == stage for c in after)
         assert found <= count if stage == "own" else found == count
+
+
+def test_without_a_reference_every_arm_is_tested_at_its_own_best_multiple(tmp_path: Path) -> None:
+    text = GOOD.replace("reference: warm", "reference: null").partition("claims:")[0]
+    text = text.replace("none: [optimizer=adam]", "sgd: [optimizer=sgd]").replace("[0.01, 0.03]", "[0.1, 1.0, 3.0]")
+    text = text.replace("pilot_seeds: 2, test_seeds: 2, control_seeds: 2", "test_seeds: 2")
+    design = Design(read(written(tmp_path, text)))
+    rates = {"sgd": (0.01, 0.1, 0.3), "warm": (0.0001, 0.001, 0.003)}  # published: .1 and .001
+    assert design.rates("digits_resnet") == rates
+    assert {(c.stage, c.arm, c.lr) for c in design.cells(lambda cell: None)} == {
+        ("tuning", arm, lr) for arm, lrs in rates.items() for lr in lrs
+    }
+    best = {"sgd": 0.3, "warm": 0.0001}
+    cells = list(design.cells(lambda cell: finished(0.1 if cell.lr == best[cell.arm] else 0.2)))
+    after = [(c.stage, c.arm, c.lr, c.seed, c.run.lr) for c in cells if c.stage != "tuning"]
+    assert sorted(after) == sorted(("test", arm, lr, seed, lr) for arm, lr in best.items() for seed in (3000, 3001))
+    assert len(cells) == sum(design.size()["digits_resnet"].values())
+    assert design.experiment.grid("digits_resnet") == "×0.1 ×1 ×3"
+
+
+def test_without_a_reference_there_are_no_claims(tmp_path: Path) -> None:
+    text = GOOD.replace("reference: warm", "reference: null")
+    text = text.replace("pilot_seeds: 2, test_seeds: 2, control_seeds: 2", "test_seeds: 2")
+    with pytest.raises(UserError, match="claims: a claim compares with a reference arm: name one"):
+        read(written(tmp_path, text))
+
+
+def test_a_plan_may_name_its_task(tmp_path: Path) -> None:
+    text = GOOD.replace("digits_resnet: {", "low_beta2: {task: digits_resnet, overrides: [optimizer.beta2=0.9], ")
+    run = Design(read(written(tmp_path, text))).base["warm", "low_beta2"]
+    assert type(run.task).__name__ == "DigitsResNet" and run.optimizer.second_moment_beta == 0.9
 
 
 def test_a_diverged_run_counts_as_the_worst_and_nothing_is_worse() -> None:
