@@ -15,6 +15,8 @@ from analysis import ranking
 from analysis.tables import Results, load
 from analysis.verdicts import ALL, lr_summary, margin, verdicts
 from runners.config import UserError
+from runners.experiment import Experiment
+from runners.experiment import load as load_experiment
 from runners.store import write_whole
 
 
@@ -40,7 +42,13 @@ def write(found: Results) -> str:
             write_whole(found.folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
     write_whole(found.folder / "report.md", report(found, table, curves))
     shown = verdict_markdown(table) + "\n\n" if len(table) else ""
-    return f"{shown}{summary(found, table)}\nreport: {found.folder / 'report.md'}"
+    return f"{shown}{summary(found, table)}\nreport: {found.folder / 'report.md'}{_further(found.experiment)}"
+
+
+def _further(experiment: Experiment) -> str:
+    if experiment.next is None:
+        return ""
+    return f"\nthe same with more: make sweep EXPERIMENT={experiment.next} ({load_experiment(experiment.next).cost})"
 
 
 def report(found: Results, table: pd.DataFrame, curves: pd.DataFrame) -> str:

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from analysis.figures import results
-from runners.collect import CURVES
+from runners.collect import CURVES, records_of
 from runners.config import UserError
 from runners.experiment import Experiment
 from runners.experiment import load as load_experiment
@@ -33,6 +35,24 @@ class Results:
     def curves(self) -> pd.DataFrame:
         """One row a run and step: run, step, lr, warmup, loss, gradient_norm, update_rms."""
         return pd.read_parquet(self.folder / CURVES)
+
+    @cached_property
+    def quantiles(self) -> pd.DataFrame:
+        """One row a run and measured step: run, step, and quantiles of |update| / peak lr (q10 ... q90).
+
+        Raises:
+            UserError: if the experiment does not ask for them.
+        """
+        try:
+            return pd.read_parquet(self.folder / "quantiles.parquet")
+        except FileNotFoundError:
+            raise UserError(f"{self.name} has no quantiles of updates: set probes.update_quantiles in it") from None
+
+    @cached_property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The whole configuration of each run."""
+        records = records_of(pq.read_schema(self.folder / CURVES))
+        return {record["summary"]["id"]: record["config"] for record in records}
 
     def primary_lr(self, task: str) -> float:
         """The lr at which the claims of a task are tested."""

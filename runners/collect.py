@@ -101,7 +101,7 @@ def restore(folder: Path, store: Store) -> tuple[int, int]:
     path = folder / CURVES
     try:
         histories = pq.read_table(path)
-        records = json.loads(zlib.decompress(base64.b64decode(histories.schema.metadata[RECORDS])))
+        records = records_of(histories.schema)
     except FileNotFoundError:
         raise UserError(f"nothing to restore: {path} is not there") from None
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError, zlib.error) as error:
@@ -126,6 +126,12 @@ def restore(folder: Path, store: Store) -> tuple[int, int]:
             store.set_aside(run_id)
         put += store.publish(Result(record["summary"], record["config"], record["provenance"], own))
     return put, len(records) - put
+
+
+def records_of(schema: pa.Schema) -> list[dict[str, Any]]:
+    """Summary, config and provenance of every run, from the schema of its curves.parquet."""
+    records: list[dict[str, Any]] = json.loads(zlib.decompress(base64.b64decode(schema.metadata[RECORDS])))
+    return records
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -82,7 +82,8 @@ class Claim:
 
 @checked(frozen=True, config=_SCHEMA)
 class Experiment:
-    """The typed content of conf/experiment/<name>.yaml."""
+    """The typed content of conf/experiment/<name>.yaml. ``next`` names the experiment to go on to, which asks the
+    same with more."""
 
     name: str
     question: Annotated[str, Field(min_length=1)]
@@ -94,6 +95,7 @@ class Experiment:
     overrides: tuple[str, ...] = ()
     claims: dict[str, Claim] = Field(default_factory=dict)
     screening: bool = False
+    next: str | None = None
 
     def __post_init__(self) -> None:
         for task, plan in self.tasks.items():

@@ -88,6 +88,7 @@ def test_every_experiment_is_sound(path: Path) -> None:
     experiment = load(path.stem)
     assert len(next(iter(content(path)))) and next(iter(content(path))) == "question"  # opens with its question
     assert experiment.source and experiment.cost
+    assert experiment.next is None or load(experiment.next).cost
     design = Design(experiment)
     assert set(design.base) == {(arm, task) for arm in experiment.arms for task in experiment.tasks}
     assert sum(sum(stages.values()) for stages in design.size().values()) > 0

@@ -1,5 +1,6 @@
 """Verdicts on hand-made tables where the answer is known."""
 
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -253,6 +254,8 @@ def test_the_report_tells_all_of_it(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"report.md", "verdicts.csv", "lr_curves.csv"}
     assert list(pd.read_csv(tmp_path / "verdicts.csv").verdict) == list(verdicts(found).verdict)
     assert write(found) == console and (tmp_path / "report.md").read_text() == text
+    further = Results("e", dataclasses.replace(found.experiment, next="smoke"), tmp_path, found.runs)
+    assert write(further).splitlines()[-1].startswith("the same with more: make sweep EXPERIMENT=smoke (")
 
 
 @pytest.mark.parametrize("content", [None, "", "\n"])
