@@ -61,7 +61,7 @@ class Cifar10ResNet(Images):
 
     def model(self) -> nn.Module:
         model = ResNet((self.depth - 2) // 6, classes=self.source.classes).to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def normalise(self, images: Tensor) -> Tensor:
         images = super().normalise(images)
@@ -78,6 +78,6 @@ class Cifar10ResNet(Images):
             return super().view(seed, epoch)
         # One draw for the whole epoch: a resumed run needs no replay.
         g, size = generator(seed, epoch, 1), len(self.data["train"].labels)
-        places = to_device(torch.randint(2 * PAD + 1, (2, size), generator=g), self.device)
+        rows, columns = to_device(torch.randint(2 * PAD + 1, (2, size), generator=g), self.device)
         mirrored = to_device(torch.rand(size, generator=g) < 0.5, self.device)
-        return lambda indices: self.augmented(indices, *places[:, indices], mirrored[indices])
+        return lambda indices: self.augmented(indices, rows[indices], columns[indices], mirrored[indices])

@@ -103,7 +103,7 @@ class ImagenetResNet(Task):
     def model(self) -> nn.Module:
         models = optional("torchvision.models")
         model: nn.Module = getattr(models, f"resnet{self.depth}")(num_classes=self.classes).to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def stream(self, split: Split, plan: Iterable[list[Item]]) -> Iterator[Batch]:
         """The batches of a plan, on the device; nothing waits for it."""
@@ -123,7 +123,9 @@ class ImagenetResNet(Task):
 
     def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
         order = shuffled(len(self.samples["train"]), self.batch_size, seed, start, torch.device("cpu"))
-        plan = ([(i, generator(seed, epoch, 1, i).initial_seed()) for i in rows.tolist()] for epoch, rows in order)
+        plan: Iterator[list[Item]] = (
+            [(i, generator(seed, epoch, 1, i).initial_seed()) for i in rows.tolist()] for epoch, rows in order
+        )
         return self.stream("train", plan)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
