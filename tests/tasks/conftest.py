@@ -1,20 +1,70 @@
-"""Prepared tasks, made once."""
+"""Prepared tasks, made once; those on real data where there is a data root, and never by a download."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tasks.task import Task, available
+from tests.tasks.generated import write_image_folder, write_images
 
 # Smaller than the defaults, where these would cost seconds; a task that is not here runs as it is.
 SMALL: dict[str, dict[str, Any]] = {
+    "cifar100_resnet": {"batch_size": 16, "depth": 8},
+    "cifar10_resnet": {"batch_size": 16, "depth": 8},
     "digits_resnet": {"batch_size": 32},
+    "emnist_mlp": {"batch_size": 32, "hidden": (32,)},
+    "imagenet_resnet": {"batch_size": 8, "crop": 32, "resize": 36, "held_out": 0.25, "workers": 0},
+    "mnist_mlp": {"batch_size": 32, "hidden": (32,)},
     "phrases_transformer": {"batch_size": 16, "layers": 1, "decode": 20},
     "pydocs_lstm": {"batch_size": 8, "bptt": 10, "width": 32},
 }
+
+BESIDE = Path(__file__).parents[3] / "shared" / "data"  # a data root beside the checkout
+DATA = os.environ.get("UNTUNED_DATA") or (str(BESIDE) if BESIDE.is_dir() else None)
+
+
+# Held to the contract on generated data, in the real data's form: it is small, and there on every machine.
+GENERATED: dict[str, Callable[[Path], None]] = {
+    "cifar100_resnet": lambda root: write_images(root / "cifar100", "img", "fine_label", classes=10),
+    "cifar10_resnet": lambda root: write_images(root / "cifar10", "img", "label", classes=10),
+    "emnist_mlp": lambda root: write_images(root / "emnist-digits", "image", "label", classes=10, grey=True),
+    "imagenet_resnet": lambda root: write_image_folder(root / "imagenet", classes=4),
+    "mnist_mlp": lambda root: write_images(root / "mnist", "image", "label", classes=10, grey=True),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_downloads(pytestconfig: pytest.Config) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("UNTUNED_CACHE", str(pytestconfig.rootpath / ".pytest_cache" / "untuned"))
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str | None]:
+    """The data root that the tests of a task use."""
+
+    @cache
+    def get(name: str) -> str | None:
+        if name not in GENERATED:
+            return DATA
+        root = tmp_path_factory.mktemp(name)
+        GENERATED[name](root)
+        return str(root)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def real_data() -> str:
+    """The root of the real data."""
+    if DATA is None:
+        pytest.skip("no real data: UNTUNED_DATA is not set")
+    return DATA
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -32,20 +82,20 @@ def seeded() -> None:
 
 
 @cache
-def _prepared(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
+def _prepared(name: str, options: tuple[tuple[str, Any], ...], root: str | None) -> Task:
     task = available()[name](**{**SMALL.get(name, {}), **dict(options)})
     try:
-        task.prepare(torch.device("cpu"), None)
+        task.prepare(torch.device("cpu"), root)
     except FileNotFoundError as error:
         pytest.skip(f"no data for {name}: {error}")
     return task
 
 
 @pytest.fixture(scope="session")
-def prepared() -> Callable[..., Any]:
+def prepared(data_root: Callable[[str], str | None]) -> Callable[..., Any]:
     """The task of a name, prepared on the CPU, with some fields."""
 
     def get(name: str, **options: Any) -> Any:
-        return _prepared(name, tuple(sorted(options.items())))
+        return _prepared(name, tuple(sorted(options.items())), data_root(name))
 
     return get
