@@ -1,7 +1,9 @@
-"""Prepared tasks, made once."""
+"""Prepared tasks, made once; those on real data where there is a data root, and never by a download."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,20 @@ SMALL: dict[str, dict[str, Any]] = {
     "phrases_transformer": {"batch_size": 16, "layers": 1, "decode": 20},
     "pydocs_lstm": {"batch_size": 8, "bptt": 10, "width": 32},
 }
+
+BESIDE = Path(__file__).parents[3] / "shared" / "data"  # a data root beside the checkout
+DATA = os.environ.get("UNTUNED_DATA") or (str(BESIDE) if BESIDE.is_dir() else None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_downloads() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def data_root() -> str | None:
+    """The data root that the tests use."""
+    return DATA
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -35,7 +51,7 @@ def seeded() -> None:
 def _prepared(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
     task = available()[name](**{**SMALL.get(name, {}), **dict(options)})
     try:
-        task.prepare(torch.device("cpu"), None)
+        task.prepare(torch.device("cpu"), DATA)
     except FileNotFoundError as error:
         pytest.skip(f"no data for {name}: {error}")
     return task

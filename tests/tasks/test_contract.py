@@ -77,9 +77,9 @@ def test_every_field_is_in_the_documentation(name: str) -> None:
         assert f"{field.name}:" in (kind.__doc__ or "")
 
 
-def test_the_fingerprint_is_of_the_data(task: Task) -> None:
+def test_the_fingerprint_is_of_the_data(task: Task, data_root: str | None) -> None:
     again = copy.copy(task)
-    again.prepare(CPU, None)
+    again.prepare(CPU, data_root)
     assert again.fingerprint() == task.fingerprint()
     assert len(task.fingerprint()) == 16 and int(task.fingerprint(), 16) >= 0
 
