@@ -11,10 +11,23 @@ from torch import Tensor, nn
 
 from tasks import text
 from tasks.models.awd_lstm import AWDLSTM
-from tasks.sources import find
+from tasks.sources import Hub, fetch
 from tasks.task import SCHEMA, Split, Task
 
 FILES: dict[Split, str] = {"train": "*train.txt", "validation": "*valid.txt", "test": "*test.txt"}
+CONVERTED = "penn_treebank/{}/0000.parquet"
+HUB = Hub(
+    "ptb-text-only/ptb_text_only",
+    "refs/convert/parquet",  # the only branch without a script, which `datasets` would not run
+    {split: split for split in FILES},
+    lambda row: f" {row['sentence']} \n",
+    {"data_files": {split: CONVERTED.format(split) for split in FILES}},
+    {
+        "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+        "validation": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+        "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    },
+)
 
 
 @dataclass(config=SCHEMA)
@@ -61,7 +74,7 @@ class PTBLSTM(Task):
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     steps: ClassVar[int] = 136_200
-    variable_shapes: ClassVar[bool] = True
+    one_shape: ClassVar[bool] = False
 
     batch_size: int = Field(default=20, ge=1)
     bptt: int = Field(default=70, ge=2)
@@ -80,7 +93,7 @@ class PTBLSTM(Task):
 
     def prepare(self, device: torch.device, data_root: str | None) -> None:
         self.device = device
-        self.text = text.load(find("ptb", data_root, FILES), device)
+        self.text = text.load(fetch("ptb", data_root, FILES, HUB), device)
         next(self.batches(0))  # raises if the streams do not fit
 
     def fingerprint(self) -> str:

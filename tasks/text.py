@@ -37,7 +37,7 @@ class Text(NamedTuple):
     digest: str
 
 
-def load(files: Mapping[Split, Sequence[Path]], device: torch.device, min_count: int = 1) -> Text:
+def load(files: Mapping[str, Sequence[Path]], device: torch.device, min_count: int = 1) -> Text:
     """Read files of one sentence a line, words between spaces; <eos> ends every line, also an empty one.
 
     The first time, the words are counted and numbered; from then on this comes from the cache.
@@ -53,7 +53,7 @@ def load(files: Mapping[Split, Sequence[Path]], device: torch.device, min_count:
     return Text(value["words"], value["counts"], splits, value["digest"])
 
 
-def encode(files: Mapping[Split, Sequence[Path]], min_count: int) -> dict[str, Any]:
+def encode(files: Mapping[str, Sequence[Path]], min_count: int) -> dict[str, Any]:
     """What ``load`` keeps in the cache."""
     found = Counter(chain.from_iterable(map(words_of, files["train"])))
     counts = {word: n for word, n in found.items() if n >= min_count or word in (UNKNOWN, END)}

@@ -11,10 +11,30 @@ from torch import Tensor, nn
 from tasks import text
 from tasks.common import evaluating, shuffled
 from tasks.models.transformer_lm import TransformerLM
-from tasks.sources import find
+from tasks.sources import Hub, fetch
 from tasks.task import SCHEMA, Split, Task, generator
 
 FILES: dict[Split, str] = {"train": "*train*", "validation": "*valid*", "test": "*test*"}
+NAMES = {"wikitext2": "wikitext-2-v1", "wikitext103": "wikitext-103-v1"}
+SHA256 = {
+    "wikitext2": {
+        "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+        "validation": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+        "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    },
+    "wikitext103": {},
+}
+HUB = {
+    corpus: Hub(
+        "Salesforce/wikitext",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        {split: split for split in FILES},
+        lambda row: row["text"] or " \n",  # the hub has no line break where nothing stands before it
+        {"name": name},
+        SHA256[corpus],
+    )
+    for corpus, name in NAMES.items()
+}
 CHUNK = 1024  # tokens in evaluation: bounds the memory of the logits
 
 
@@ -30,7 +50,7 @@ class WikitextTransformer(Task):
     """Predict the next word of Wikipedia articles (Merity et al. 2017, arXiv 1609.07843), word level.
 
     WikiText-2 (folder ``wikitext2``) has 2,088,628 tokens train, 217,646 validation, 245,569 test with an <eos> a
-    line, and 33,278 words; WikiText-103 (folder ``wikitext103``) the same held-out splits, 103 million tokens and
+    line, and 33,278 words; WikiText-103 (folder ``wikitext103``) the same held-out articles, 103 million tokens and
     267,735 words: with it, set ``cutoffs`` as Baevski and Auli (2019, arXiv 1809.10853) do, [20000, 60000].
 
     An epoch cuts the training text, as a circle and from a seeded place on, into pieces of ``context`` tokens and
@@ -78,7 +98,7 @@ class WikitextTransformer(Task):
         if self.stride is not None and self.stride > self.context:
             raise ValueError(f"stride={self.stride} is more than context={self.context}: tokens would be left out")
         self.device = device
-        self.text = text.load(find(self.corpus, data_root, FILES), device)
+        self.text = text.load(fetch(self.corpus, data_root, FILES, HUB[self.corpus]), device)
         self.uniform = text.uniform_loss(self.text.counts, self.cutoffs)
         next(self.batches(0))  # raises if a batch does not fit
 
