@@ -23,8 +23,18 @@ DELIBERATE: dict[tuple[str, str], set[str]] = {
     ("optimizer", "adam_eps"): {"eps"},
     ("optimizer", "gadamx"): {"inner"},
     ("task", "ptb_lstm_small"): {
-        "bptt", "variable_bptt", "layers", "embedding", "hidden", "dropout", "dropout_input", "dropout_hidden",
-        "dropout_embedding", "weight_drop", "ar", "tar",
+        "bptt",
+        "variable_bptt",
+        "layers",
+        "embedding",
+        "hidden",
+        "dropout",
+        "dropout_input",
+        "dropout_hidden",
+        "dropout_embedding",
+        "weight_drop",
+        "ar",
+        "tar",
     },
     ("optimizer", "sgd"): {"momentum"},  # 0.9 is what everybody trains with; the class follows torch
 }

@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-WORDS = 36
+WORDS = 37
 
 
 def sentences(count: int, seed: int) -> str:
@@ -13,7 +13,7 @@ def sentences(count: int, seed: int) -> str:
     for i in range(count):
         line = []
         for _ in range(chance.randint(3, 12)):
-            word = (3 * word + chance.choice((1, 1, 1, 2, 5))) % WORDS
+            word = (5 * word + chance.choice((1, 1, 1, 2, 5))) % WORDS
             line.append(f"rare{seed}{i}" if chance.random() < 0.01 else f"word{word}")
         lines.append(f" {' '.join(line)} \n")
     return "".join(lines)
