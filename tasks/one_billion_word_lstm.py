@@ -14,7 +14,7 @@ from tasks.sources import find
 from tasks.task import SCHEMA, Split, Task
 
 HELD_OUT = "heldout-monolingual.tokenized.shuffled/news.en.heldout-0000{}-of-00050"
-FILES: dict[Split, str] = {
+FILES = {
     "train": "training-monolingual.tokenized.shuffled/news.en-*-of-00100",
     "validation": HELD_OUT.format(1),
     "test": HELD_OUT.format(0),

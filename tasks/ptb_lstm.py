@@ -14,7 +14,7 @@ from tasks.models.awd_lstm import AWDLSTM
 from tasks.sources import Hub, fetch
 from tasks.task import SCHEMA, Split, Task
 
-FILES: dict[Split, str] = {"train": "*train.txt", "validation": "*valid.txt", "test": "*test.txt"}
+FILES = {"train": "*train.txt", "validation": "*valid.txt", "test": "*test.txt"}
 CONVERTED = "penn_treebank/{}/0000.parquet"
 HUB = Hub(
     "ptb-text-only/ptb_text_only",

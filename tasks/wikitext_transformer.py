@@ -14,9 +14,9 @@ from tasks.models.transformer_lm import TransformerLM
 from tasks.sources import Hub, fetch
 from tasks.task import SCHEMA, Split, Task, generator
 
-FILES: dict[Split, str] = {"train": "*train*", "validation": "*valid*", "test": "*test*"}
+FILES = {"train": "*train*", "validation": "*valid*", "test": "*test*"}
 NAMES = {"wikitext2": "wikitext-2-v1", "wikitext103": "wikitext-103-v1"}
-SHA256 = {
+SHA256: dict[str, dict[str, str]] = {
     "wikitext2": {
         "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
         "validation": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
@@ -92,7 +92,7 @@ class WikitextTransformer(Task):
     pre_ln: bool = False
     tied: bool = True
     cutoffs: Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], Field(strict=False)] = ()
-    stride: int | None = Field(default=None, ge=1)
+    stride: Annotated[int, Field(ge=1)] | None = None
 
     def prepare(self, device: torch.device, data_root: str | None) -> None:
         if self.stride is not None and self.stride > self.context:

@@ -24,8 +24,7 @@ class AdaptiveEmbedding(nn.Module):
         first = self.softmax.cutoffs[0]
         x = F.embedding(tokens.clamp(max=first - 1), self.softmax.head.weight[:first])
         for (low, high), cluster in zip(pairwise(self.softmax.cutoffs), self.softmax.tail, strict=True):
-            assert isinstance(cluster, nn.Sequential)
-            project, words = (layer.weight for layer in cluster)
+            project, words = cluster.parameters()
             # Every word is looked up in every cluster: choosing them would wait for the device.
             rows = F.embedding((tokens - low).clamp(0, high - low - 1), words) @ project
             x = torch.where((tokens >= low)[..., None], rows, x)

@@ -26,12 +26,13 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "phrases_transformer": {"batch_size": 16, "layers": 1, "decode": 20},
     "ptb_lstm": {
-        "batch_size": 8, "bptt": 6, "layers": 2, "embedding": 16, "hidden": 24, "dropout": 0.0, "dropout_input": 0.0,
+        "batch_size": 8, "bptt": 6, "layers": 2, "embedding": 24, "hidden": 32, "dropout": 0.0, "dropout_input": 0.0,
         "dropout_hidden": 0.0, "dropout_embedding": 0.0, "weight_drop": 0.0, "ar": 0.0, "tar": 0.0
     },
     "pydocs_lstm": {"batch_size": 8, "bptt": 10, "width": 32},
     "wikitext_transformer": {
-        "batch_size": 8, "context": 12, "layers": 1, "width": 32, "heads": 2, "hidden": 64, "dropout": 0.0
+        "batch_size": 8, "context": 12, "layers": 1, "width": 32, "heads": 2, "hidden": 64, "dropout": 0.0,
+        "tied": False,
     },
 }  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_a_small_vocabulary_is_an_error(data_root: Callable[[str], str | None]) 
 
 
 def test_without_the_archive_one_line_says_where_it_belongs(tmp_path: Path) -> None:
-    with pytest.raises(sources.Missing, match="no training-monolingual.tokenized.shuffled/.* in .*one_billion_word"):
+    with pytest.raises(sources.Missing, match=r"no training-monolingual.tokenized.shuffled/.* in .*one_billion_word"):
         OneBillionWordLSTM().prepare(torch.device("cpu"), str(tmp_path))
 
 

@@ -147,7 +147,7 @@ def test_a_future_word_changes_nothing_before_it(model: AWDLSTM) -> None:
 def test_tied_weights_are_one_tensor(tied: bool, prepared: Callable[..., Any]) -> None:
     model = prepared("ptb_lstm", tied=tied).model()
     assert (model.output.weight is model.embedding.weight) == tied
-    assert model.widths == [24, 16 if tied else 24]
+    assert model.widths == [32, 24 if tied else 32]
 
 
 def test_the_penalties_are_their_formulas(prepared: Callable[..., Any]) -> None:
