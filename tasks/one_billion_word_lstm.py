@@ -27,8 +27,8 @@ class OneBillionWordLSTM(Task):
 
     Put the two folders of the authors' archive (training- and heldout-monolingual.tokenized.shuffled) into the
     folder ``one_billion_word`` of the data root. Its 99 training files make some 0.8e9 tokens with an <eos> a
-    line, which are read once (minutes, and 7 GB of memory) and take 3.2 GB on the device. As usual the first of
-    the 50 held-out files is the test split; the second is the validation split.
+    line, which take 3.2 GB on the device (and twice that in memory, the one time that the files are read). As usual
+    the first of the 50 held-out files is the test split; the second is the validation split.
 
     The settings are those of Liu et al. (2020, arXiv 1908.03265), who train 14 epochs of some 312,000 batches with
     Adam's rate .001, divided by 10 at the tenth, and the gradient's norm clipped at 5 (``lr``, ``decay`` and

@@ -39,7 +39,9 @@ class TransformerLM(nn.Module):
     the output's weights.
 
     Initialisation as in fairseq: a row of embedding or tied output normal with variance 1/its width, an untied
-    output and projections Xavier uniform.
+    output and projections Xavier uniform. A tied model begins by finding the word that it has just read likely, so
+    that its first loss is above that of a uniform prediction (with cut-offs by more, the more words are in the
+    clusters: their few features tell words apart less well).
     """
 
     output: nn.Linear | nn.AdaptiveLogSoftmaxWithLoss
