@@ -224,9 +224,7 @@ class Translation(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = model(batch.source, batch.before).flatten(0, 1)
-        return F.cross_entropy(
-            logits, batch.target.flatten(), ignore_index=PAD, label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(logits, batch.target.flatten(), ignore_index=PAD, label_smoothing=self.label_smoothing)
 
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, Tensor]:
         data = self.data[split]

@@ -11,9 +11,16 @@ import torch
 
 from tasks.task import Task, available
 
+TRANSLATION: dict[str, Any] = {
+    "vocabulary": 500, "max_tokens": 512, "layers": 1, "width": 32, "heads": 2, "hidden": 64, "dropout": 0.0,
+    "label_smoothing": 0.0, "decode": 4, "beam": 2,
+}  # fmt: skip
+
 # Smaller than the defaults, where these would cost seconds; a task that is not here runs as it is.
 SMALL: dict[str, dict[str, Any]] = {
     "digits_resnet": {"batch_size": 32},
+    "iwslt14_transformer": TRANSLATION,
+    "multi30k_transformer": TRANSLATION,
     "phrases_transformer": {"batch_size": 16, "layers": 1, "decode": 20},
     "pydocs_lstm": {"batch_size": 8, "bptt": 10, "width": 32},
 }
