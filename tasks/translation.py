@@ -63,8 +63,10 @@ class Batches:
 
     A batch is as long as its bucket, 8, 12, 16, 20, 28, 36, 48, ... tokens (each a quarter longer, a multiple of
     4), and has max_tokens // length sentences: a handful of shapes in all. What is left over of a bucket goes into
-    batches of the next longer one, so a single batch, of the longest, is not full; index N, the filling, fills it.
-    So every sentence is in one batch, but those longer than ``max_tokens``, which are in none.
+    batches of the next longer one, so a single batch, of the longest, is not full; index N, the filling, fills it
+    (its tokens are no targets: the loss of this batch is the mean over fewer). So every sentence is in one batch,
+    but those longer than ``max_tokens``, which are in none. fairseq sorts an epoch by length instead, which drops
+    nothing either and gives every batch a shape of its own.
     """
 
     def __init__(self, lengths: Tensor, max_tokens: int) -> None:

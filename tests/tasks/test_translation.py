@@ -224,11 +224,12 @@ def test_every_sentence_is_in_one_batch(size: int, max_tokens: int) -> None:
 
 
 def test_lengths_grow_by_a_quarter() -> None:
-    lengths = sorted({group.length for group in Batches(torch.arange(1, 200), 10_000).groups} | {0})
-    assert {group.length for group in Batches(torch.arange(1, 200), 200).groups} == {
-        8, 12, 16, 20, 28, 36, 48, 60, 76, 96, 120, 152, 192, 200,
-    }  # fmt: skip
-    assert lengths[-1] == 240  # everything is left over to the longest
+    def of(lengths: Tensor, max_tokens: int) -> list[int]:
+        return sorted({group.length for group in Batches(lengths, max_tokens).groups})
+
+    lengths = torch.arange(1, 200)
+    assert of(lengths.repeat(30), 210) == [8, 12, 16, 20, 28, 36, 48, 60, 76, 96, 120, 152, 192, 210]
+    assert of(lengths, 60_000) == [240]  # no bucket fills a batch: everything is left over to the longest
 
 
 def test_an_epoch_has_every_pair_once(task: Translation) -> None:
@@ -257,8 +258,9 @@ def test_what_is_longer_than_a_batch_is_left_out_of_training(root: Path) -> None
     task = make(root, max_tokens=20)
     assert 0 < task.training.used == int((task.data["train"].lengths <= 20).sum()) < 300
     assert len(task.data["test"]) == 50
-    with pytest.raises(ValueError, match="at most max_tokens=8 tokens"):
-        write_lines(root / "long" / "multi30k", {name: sentences(9, 0)[:1] * 2 for name in CORPUS})
+    long = {split: [pair for pair in pairs if len(pair[1].split()) > 10] for split, pairs in CORPUS.items()}
+    write_lines(root / "long" / "multi30k", long)
+    with pytest.raises(ValueError, match="no sentence pair of the training split has at most max_tokens=8 tokens"):
         make(root / "long", max_tokens=8)
 
 
@@ -315,8 +317,9 @@ def test_label_smoothing_is_for_training_only(root: Path, trained: Translator) -
 
 
 def test_evaluation_equals_one_sentence_at_a_time(
-    task: Translation, trained: Translator, monkeypatch: pytest.MonkeyPatch
+    root: Path, trained: Translator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    task = make(root, decode=0)
     losses: list[Tensor] = []
     for source, target in rows_of(task, "test"):
         logits = trained(torch.tensor([source]), torch.tensor([[BEGIN, *target[:-1]]]))[0]
@@ -337,6 +340,22 @@ def test_dropout_is_where_fairseq_has_it(root: Path) -> None:
     assert set(outer) == {0.3} and len(outer) == 6 and set(inner) == {0.1} and len(inner) == 5
 
 
+@pytest.mark.parametrize("pre_ln", [False, True])
+def test_one_batch_can_be_overfitted(root: Path, pre_ln: bool) -> None:
+    torch.manual_seed(0)
+    task = make(root, pre_ln=pre_ln)
+    model, batch = task.model(), next(task.batches(0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    first = task.loss(model, batch).item()
+    assert abs(first - task.initial_loss) < 0.7 and task.initial_loss == task.worst == math.log(task.size)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = task.loss(model, batch)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 * first
+
+
 # The model at initialisation.
 
 
@@ -349,9 +368,8 @@ def test_the_number_of_parameters() -> None:
     with torch.device("meta"):
         for pre_ln in (False, True):
             model = Translator(v, *options, 50, pre_ln=pre_ln)
-            assert (
-                sum(p.numel() for p in model.parameters()) == expected + pre_ln * 2 * norm == 36_657_152 + 2048 * pre_ln
-            )
+            count = sum(p.numel() for p in model.parameters())
+            assert count == expected + 2 * norm * pre_ln == 36_663_296 + 2048 * pre_ln
 
 
 def slope(pre_ln: bool) -> float:
@@ -361,12 +379,11 @@ def slope(pre_ln: bool) -> float:
         norms = []
         for seed in range(6):
             torch.manual_seed(seed)
-            model = Translator(40, layers, 32, 2, 64, 12, pre_ln=pre_ln)
-            source, before, target = torch.randint(3, 40, (3, 32, 10))
+            source, before, target = torch.randint(3, 40, (3, 8, 10))
+            model = Translator(40, layers, 64, 2, 128, 12, pre_ln=pre_ln)
             last: Any = model.decoder.layers[-1]
-            weight = last[-1].sublayer[-1].weight
             loss = F.cross_entropy(model(source, before).flatten(0, 1), target.flatten())
-            norms.append(math.log(torch.autograd.grad(loss, weight)[0].norm().item()))
+            norms.append(math.log(torch.autograd.grad(loss, last[-1].sublayer[-1].weight)[0].norm().item()))
         means.append(sum(norms) / len(norms))
     x = torch.tensor(depths).log()
     x = x - x.mean()
@@ -374,10 +391,11 @@ def slope(pre_ln: bool) -> float:
 
 
 def test_gradients_of_the_last_layer_fall_with_depth_for_pre_ln_only() -> None:
-    # Xiong et al. 2020, Theorem 1: slopes 0 and -1/2. Seen at this size: .07 and -.49, and over single seeds they
-    # spread by .10 and .05, so the means of six have standard errors of .04 and .02.
-    assert abs(slope(pre_ln=False)) < 0.2
-    assert -0.6 < slope(pre_ln=True) < -0.4
+    # Xiong et al. 2020, Theorem 1: slopes 0 and -1/2. Over twelve seeds they were .08 and -.53 at this size, with a
+    # deviation of .12 and .09 between seeds: four standard errors of a mean of six are .19 and .14. At half the
+    # width they were .15 and -.43.
+    assert abs(slope(pre_ln=False)) < 0.25
+    assert abs(slope(pre_ln=True) + 0.5) < 0.15
 
 
 # Decoding.
