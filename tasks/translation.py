@@ -185,8 +185,10 @@ class Translation(Task):
         self.tokenizer = tokenizers.Tokenizer.from_str(data["tokenizer"])
         self.size = SPECIAL + int(self.tokenizer.get_vocab_size())
         self.digest = digest(data["tokenizer"], *(tensor for split in data["splits"].values() for tensor in split))
-        sides = {name: (side(*split[:2], [END]), side(*split[2:], [])) for name, split in data["splits"].items()}
-        self.data = {name: Pairs(*pair, device) for name, pair in sides.items()}
+        self.data = {
+            name: Pairs(side(source, m, [END]), side(target, n, []), device)
+            for name, (source, m, target, n) in data["splits"].items()
+        }
         self.training = Batches(self.data["train"].lengths, self.max_tokens)
         if not self.training.groups:
             raise ValueError(f"no sentence pair of the training split has at most max_tokens={self.max_tokens} tokens")
