@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tasks.sources import Hub, fetch
@@ -60,8 +59,6 @@ class IWSLT14Transformer(Translation):
     """
 
     steps: ClassVar[int] = 70_000
-
-    length_penalty: float = Field(default=1.0, ge=0)
 
     def files(self, data_root: str | None) -> dict[str, list[Path]]:
         return fetch("iwslt14", data_root, FILES, HUB)

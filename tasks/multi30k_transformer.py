@@ -9,13 +9,18 @@ from pydantic.dataclasses import dataclass
 
 from tasks.sources import Hub, fetch
 from tasks.task import SCHEMA
-from tasks.translation import FILES, Translation
+from tasks.translation import FILES, SPECIAL, Translation
 
 HUB = Hub(
     "bentrevett/multi30k",
     "main",
     {"train": "train", "validation": "validation", "test": "test"},
     lambda row: json.dumps({"en": row["en"], "de": row["de"]}, ensure_ascii=False) + "\n",
+    sha256={
+        "train": "a6878e681ce8c32ca0c6e98298efd0012867c37b3a4ff7f71703578851fc9f7c",
+        "validation": "f66192595cc7bd056841b7660453e0750092d08db19daf4951cd3bc85e2d7447",
+        "test": "d640a52bb3e60638f3d483bd7e8098117a012c16daa4d81c44e1fd167ea2a884",
+    },
 )
 
 
@@ -56,7 +61,7 @@ class Multi30kTransformer(Translation):
     steps: ClassVar[int] = 5000
 
     lowercase: bool = False
-    vocabulary: int = Field(default=8000, gt=259)
+    vocabulary: int = Field(default=8000, gt=SPECIAL + 256)
     max_tokens: int = Field(default=4096, ge=8)
     layers: int = Field(default=3, ge=1)
     width: int = Field(default=256, ge=2, multiple_of=2)

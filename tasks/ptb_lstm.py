@@ -38,7 +38,7 @@ class PTBLSTM(Task):
     Protocol of Merity et al. (2018, arXiv 1708.02182), which AdaBelief and its successors share at 1, 2 and 3
     layers (``layers``; 5.3, 13.6 and 24.2 million parameters): their runs clip the gradient's norm at 0.25 with a
     weight decay of 1.2e-6, and divide the rate by 10 at epochs 100 and 145 of 200 (``clip_norm``,
-    ``weight_decay`` and ``decay`` of a run). An epoch is about 681 batches.
+    ``weight_decay`` and ``decay`` of a run). An epoch is about 686 batches.
 
     An epoch reads the training text, as a circle, from a seeded place on, as ``batch_size`` streams side by side;
     the state is carried from batch to batch and zero at the beginning of an epoch. (The authors begin every epoch
@@ -73,7 +73,7 @@ class PTBLSTM(Task):
 
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
-    steps: ClassVar[int] = 136_200
+    steps: ClassVar[int] = 137_200
     one_shape: ClassVar[bool] = False
 
     batch_size: int = Field(default=20, ge=1)

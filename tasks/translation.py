@@ -63,8 +63,10 @@ class Batches:
 
     A batch is as long as its bucket, 8, 12, 16, 20, 28, 36, 48, ... tokens (each a quarter longer, a multiple of
     4), and has max_tokens // length sentences: a handful of shapes in all. What is left over of a bucket goes into
-    batches of the next longer one, so a single batch, of the longest, is not full; index N, the filling, fills it.
-    So every sentence is in one batch, but those longer than ``max_tokens``, which are in none.
+    batches of the next longer one, so a single batch, of the longest, is not full; index N, the filling, fills it
+    (its tokens are no targets: the loss of this batch is the mean over fewer). So every sentence is in one batch,
+    but those longer than ``max_tokens``, which are in none. fairseq sorts an epoch by length instead, which drops
+    nothing either and gives every batch a shape of its own.
     """
 
     def __init__(self, lengths: Tensor, max_tokens: int) -> None:
@@ -183,8 +185,10 @@ class Translation(Task):
         self.tokenizer = tokenizers.Tokenizer.from_str(data["tokenizer"])
         self.size = SPECIAL + int(self.tokenizer.get_vocab_size())
         self.digest = digest(data["tokenizer"], *(tensor for split in data["splits"].values() for tensor in split))
-        sides = {name: (side(*split[:2], [END]), side(*split[2:], [])) for name, split in data["splits"].items()}
-        self.data = {name: Pairs(*pair, device) for name, pair in sides.items()}
+        self.data = {
+            name: Pairs(side(source, m, [END]), side(target, n, []), device)
+            for name, (source, m, target, n) in data["splits"].items()
+        }
         self.training = Batches(self.data["train"].lengths, self.max_tokens)
         if not self.training.groups:
             raise ValueError(f"no sentence pair of the training split has at most max_tokens={self.max_tokens} tokens")

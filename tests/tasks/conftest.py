@@ -13,6 +13,11 @@ from tasks.task import Task, available
 from tests.tasks.corpora import write_billion, write_text
 from tests.tasks.generated import write_image_folder, write_images
 
+TRANSLATION: dict[str, Any] = {
+    "vocabulary": 500, "max_tokens": 512, "layers": 1, "width": 32, "heads": 2, "hidden": 64, "dropout": 0.0,
+    "label_smoothing": 0.0, "decode": 4, "beam": 2,
+}  # fmt: skip
+
 # Smaller than the defaults, where these would cost seconds; a task that is not here runs as it is.
 SMALL: dict[str, dict[str, Any]] = {
     "cifar100_resnet": {"batch_size": 16, "depth": 8},
@@ -24,6 +29,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "one_billion_word_lstm": {
         "batch_size": 8, "bptt": 8, "embedding": 16, "width": 32, "cutoffs": (8, 20), "dropout": 0.0, "min_count": 2
     },
+    "iwslt14_transformer": TRANSLATION,
+    "multi30k_transformer": TRANSLATION,
     "phrases_transformer": {"batch_size": 16, "layers": 1, "decode": 20},
     "ptb_lstm": {
         "batch_size": 8, "bptt": 6, "layers": 2, "embedding": 24, "hidden": 32, "dropout": 0.0, "dropout_input": 0.0,
