@@ -20,6 +20,8 @@ UNKNOWN, END = "<unk>", "<eos>"
 STREAMS = 10  # in evaluation
 CHUNK = 64  # time steps in evaluation: bounds the memory of the logits
 
+Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class Text(NamedTuple):
     """A data set of words as numbers.
@@ -165,10 +167,8 @@ def uniform_loss(counts: Tensor, cutoffs: Sequence[int] = ()) -> float:
     return math.log(cutoffs[0] + len(cutoffs)) + inside / int(counts.sum())
 
 
-def evaluate(
-    model: nn.Module, text: Tensor, first: int, score: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    """Loss (nats per token) and perplexity of a whole text, read as 10 contiguous streams with a carried state.
+def evaluate(model: nn.Module, text: Tensor, first: int, score: Score, streams: int = STREAMS) -> dict[str, Tensor]:
+    """Loss (nats per token) and perplexity of a whole text, read as contiguous streams with a carried state.
 
     Args:
         model: has the buffer ``carried``, whose last dimension but one is the stream.
@@ -177,14 +177,14 @@ def evaluate(
             negative log-likelihoods and the state that follows.
     """
     tokens = torch.cat((text.new_full((1,), first), text[:-1]))
-    length = -(-len(text) // STREAMS)
-    short = STREAMS * length - len(text)
-    tokens = F.pad(tokens, (0, short)).view(STREAMS, length).T
-    targets = F.pad(text, (0, short), value=-100).view(STREAMS, length).T
+    length = -(-len(text) // streams)
+    short = streams * length - len(text)
+    tokens = F.pad(tokens, (0, short)).view(streams, length).T
+    targets = F.pad(text, (0, short), value=-100).view(streams, length).T
     carried = model.carried
     assert isinstance(carried, Tensor)
     with evaluating(model):
-        state = carried.new_zeros(*carried.shape[:-2], STREAMS, carried.shape[-1])
+        state = carried.new_zeros(*carried.shape[:-2], streams, carried.shape[-1])
         total = torch.zeros((), dtype=torch.float64, device=text.device)
         for x, y in zip(tokens.split(CHUNK), targets.split(CHUNK), strict=True):
             part, state = score(x.long(), y.long(), state)
