@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +14,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tasks.common import evaluating, to_device
+from tasks.common import to_device
 from tasks.models.lstm import LSTMLanguageModel
-from tasks.task import SCHEMA, Split, Task, digest, generator
+from tasks.task import SCHEMA, Split, Task, digest
+from tasks.text import END, UNKNOWN, Batch, evaluate, unrolled
 
-UNKNOWN, END = "<unk>", "<eos>"
 HELD_OUT = 0.1  # at most this share of the text in the validation split, and again in the test split
 REPEAT = 8  # a paragraph of so many tokens that was seen before is a copy, a shorter one may be chance
 STREAMS = 16  # in evaluation
-CHUNK = 64  # time steps in evaluation: bounds the memory of the logits
-
-
-class Batch(NamedTuple):
-    """Tokens (bptt, batch_size), the tokens that follow, and whether an epoch begins (boolean scalar)."""
-
-    tokens: Tensor
-    targets: Tensor
-    reset: Tensor
 
 
 @dataclass(config=SCHEMA)
@@ -80,19 +71,8 @@ class PydocsLSTM(Task):
         self.device, self.words = device, vocabulary
         self.digest = digest("\n".join(vocabulary), *splits.values())
         self.data = {name: to_device(tokens, device) for name, tokens in splits.items()}
-        size = len(self.data["train"])
-        # The last token of a stream is only a target.
-        self.per_epoch = (size // self.batch_size - 1) // self.bptt
-        if self.per_epoch < 1:
-            raise ValueError(
-                f"batch_size={self.batch_size} streams of bptt={self.bptt} do not fit {size} training tokens"
-            )
-        streams = torch.arange(self.batch_size, device=device) * (size // self.batch_size)
-        self.grid = torch.arange(self.bptt + 1, device=device)[:, None] + streams
-        self.resets = (
-            torch.zeros((), dtype=torch.bool, device=device),
-            torch.ones((), dtype=torch.bool, device=device),
-        )
+        self.per_epoch = (len(self.data["train"]) // self.batch_size - 1) // self.bptt
+        next(self.batches(0))  # raises if the streams do not fit
 
     def fingerprint(self) -> str:
         return self.digest
@@ -102,15 +82,7 @@ class PydocsLSTM(Task):
         return model.to(self.device)
 
     def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        text = self.data["train"]
-        epoch, first = divmod(start, self.per_epoch)
-        while True:
-            # Where the epoch begins to read: otherwise every epoch of every seed had the same batches.
-            offset = int(torch.randint(len(text), (), generator=generator(seed, epoch)))
-            for i in range(first, self.per_epoch):
-                window = text[(self.grid + (offset + i * self.bptt)) % len(text)]
-                yield Batch(window[:-1], window[1:], self.resets[i == 0])
-            epoch, first = epoch + 1, 0
+        return unrolled(self.data["train"], self.batch_size, self.bptt, seed, start)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean over the batch, from the carried state; in training mode the state moves on."""
@@ -118,23 +90,14 @@ class PydocsLSTM(Task):
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
 
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, Tensor]:
-        text = self.data[split]
+        assert isinstance(model, LSTMLanguageModel)
+
+        def score(tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            logits, state = model.unroll(tokens, state)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), state
+
         # Every token is predicted once: the first of the split after an <eos>.
-        tokens = torch.cat((text.new_full((1,), self.words.index(END)), text[:-1]))
-        length = math.ceil(len(text) / STREAMS)
-        short = STREAMS * length - len(text)
-        tokens = F.pad(tokens, (0, short)).view(STREAMS, length).T
-        targets = F.pad(text, (0, short), value=-100).view(STREAMS, length).T
-        carried = model.carried
-        assert isinstance(carried, Tensor) and callable(model.unroll)
-        with evaluating(model):
-            state = carried.new_zeros(2, carried.shape[1], STREAMS, carried.shape[3])
-            total = torch.zeros((), dtype=torch.float64, device=text.device)
-            for x, y in zip(tokens.split(CHUNK), targets.split(CHUNK), strict=True):
-                logits, state = model.unroll(x, state)
-                total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-            loss = total / len(text)
-            return {"loss": loss, "perplexity": loss.exp()}
+        return evaluate(model, self.data[split], self.words.index(END), score, STREAMS)
 
     @property
     def worst(self) -> float:

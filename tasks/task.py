@@ -31,9 +31,9 @@ class Task(abc.ABC):
     ``task.loss(model, batch).backward()`` with the batches of ``task.batches(seed)``.
 
     tests/tasks/test_contract.py holds every task to this page, and to what makes it fit for a study: batches of
-    one shape, a loss at initialisation within 0.7 nats of ``initial_loss``, one batch can be overfitted, a model
-    made ``.double()`` works on the same batches, and the docstring names the metric and describes every field
-    as ``name: ...``.
+    one shape (or of few, see ``one_shape``), a loss at initialisation within 0.7 nats of ``initial_loss``, one
+    batch can be overfitted, a model made ``.double()`` works on the same batches, and the docstring names the
+    metric and describes every field as ``name: ...``.
 
     Attributes:
         revision: raised when the mathematics or the data preparation changes, so that old results are not
@@ -43,6 +43,8 @@ class Task(abc.ABC):
         metric: the key of ``evaluate`` that tables and verdicts use.
         higher_is_better: direction of ``metric``.
         steps: default budget of a run, in optimizer steps.
+        one_shape: false where batches differ in shape by their nature, as sentences of similar lengths do: then they
+            have few shapes, so that a compiled model is compiled a few times.
     """
 
     revision: ClassVar[int] = 1
@@ -50,6 +52,7 @@ class Task(abc.ABC):
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     steps: ClassVar[int]
+    one_shape: ClassVar[bool] = True
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickles as its fields alone: the data is large and prepared anew where it is needed.

@@ -22,6 +22,20 @@ DELIBERATE: dict[tuple[str, str], set[str]] = {
     # Values that differ from the constructor's defaults because that is what the file is for.
     ("optimizer", "adam_eps"): {"eps"},
     ("optimizer", "gadamx"): {"inner"},
+    ("task", "ptb_lstm_small"): {
+        "bptt",
+        "variable_bptt",
+        "layers",
+        "embedding",
+        "hidden",
+        "dropout",
+        "dropout_input",
+        "dropout_hidden",
+        "dropout_embedding",
+        "weight_drop",
+        "ar",
+        "tar",
+    },
     ("optimizer", "sgd"): {"momentum"},  # 0.9 is what everybody trains with; the class follows torch
 }
 BASES = {"rule", "wrapper"}

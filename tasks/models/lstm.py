@@ -1,25 +1,43 @@
-"""An LSTM language model that carries its state from batch to batch."""
+"""LSTM language models that carry their state from batch to batch."""
 
 import torch
 from torch import Tensor, nn
 
 
-class LSTMLanguageModel(nn.Module):
+class Carrying(nn.Module):
+    """A recurrent network with the state at the end of the last batch, as truncated backpropagation through time
+    needs it: the buffer ``carried``, so that a checkpoint of the ``state_dict`` resumes exactly."""
+
+    carried: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("carried", torch.zeros(shape))
+
+    def start(self, reset: Tensor) -> Tensor:
+        """The carried state, or zeros where ``reset`` (a boolean scalar) is true."""
+        # A new tensor: backward needs the state that ``keep`` overwrites.
+        return torch.where(reset, torch.zeros_like(self.carried), self.carried)
+
+    def keep(self, end: Tensor) -> None:
+        """In training mode the carried state moves on, without its gradient: so a second pass over the same
+        batch starts elsewhere."""
+        if self.training:
+            self.carried.copy_(end.detach())
+
+
+class LSTMLanguageModel(Carrying):
     """Embedding, LSTM, softmax, all of one width, as in Zaremba et al. (2014).
 
-    Truncated backpropagation through time needs the state at the end of the last batch. It is the buffer
-    ``carried`` (2, layers, streams, width), the hidden and the cell state, so that a checkpoint of the
-    ``state_dict`` resumes exactly.
+    The carried state is (2, layers, streams, width), the hidden and the cell state.
 
     Initialisation: all weights and biases of the LSTM uniform in ±1/√width (torch's default), embedding and
     output uniform in ±0.1, output bias 0. Zaremba et al. use one range for everything and no weight tying
     (Press and Wolf, 2017). Dropout is on the input, between layers and on the output, not on the recurrence.
     """
 
-    carried: Tensor
-
     def __init__(self, vocabulary: int, width: int, layers: int, streams: int, tied: bool, dropout: float) -> None:
-        super().__init__()
+        super().__init__(2, layers, streams, width)
         self.embedding = nn.Embedding(vocabulary, width)
         self.lstm = nn.LSTM(width, width, layers, dropout=dropout if layers > 1 else 0.0)
         self.output = nn.Linear(width, vocabulary)
@@ -30,7 +48,6 @@ class LSTMLanguageModel(nn.Module):
             self.output.weight = self.embedding.weight
         else:
             nn.init.uniform_(self.output.weight, -0.1, 0.1)
-        self.register_buffer("carried", torch.zeros(2, layers, streams, width))
 
     def unroll(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (T, B, V) after each of ``tokens`` (T, B), from ``state`` (2, layers, B, width); and the
@@ -40,12 +57,48 @@ class LSTMLanguageModel(nn.Module):
         return self.output(self.dropout(y)), torch.stack((hidden, cell))
 
     def forward(self, tokens: Tensor, reset: Tensor) -> Tensor:
-        """Logits (T, streams, V), continuing from the carried state, or from zeros where ``reset`` (a boolean
-        scalar) is true. In training mode the carried state moves on, without its gradient: so a second pass
-        over the same batch starts elsewhere."""
-        # A new tensor: backward needs the state that the copy below overwrites.
-        state = torch.where(reset, torch.zeros_like(self.carried), self.carried)
-        logits, end = self.unroll(tokens, state)
-        if self.training:
-            self.carried.copy_(end.detach())
+        """Logits (T, streams, V), continuing from the carried state, or from zeros where ``reset`` is true."""
+        logits, end = self.unroll(tokens, self.start(reset))
+        self.keep(end)
         return logits
+
+
+class AdaptiveLSTM(Carrying):
+    """Embedding, LSTM and adaptive softmax (Grave et al. 2017) for a large vocabulary, most frequent words first.
+
+    The words before the first cut-off, and a word for each cluster behind it, are one softmax of all ``width``
+    features; cluster i, between cut-offs i and i + 1, is a softmax of width / 4^(i+1) features. The carried state
+    is (2, layers, streams, width). Dropout is on the input, between layers and on the output.
+
+    Initialisation: embedding uniform in ±0.1, everything else torch's default.
+
+    The loss waits for the device: how many words each cluster has is not known beforehand.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        embedding: int,
+        width: int,
+        layers: int,
+        streams: int,
+        cutoffs: tuple[int, ...],
+        dropout: float,
+    ) -> None:
+        super().__init__(2, layers, streams, width)
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        self.lstm = nn.LSTM(embedding, width, layers, dropout=dropout if layers > 1 else 0.0)
+        self.output = nn.AdaptiveLogSoftmaxWithLoss(width, vocabulary, list(cutoffs))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+
+    def unroll(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (T, B, width) after each of ``tokens`` (T, B), from ``state``; and the state at the end."""
+        y, (hidden, cell) = self.lstm(self.dropout(self.embedding(tokens)), (state[0], state[1]))
+        return self.dropout(y), torch.stack((hidden, cell))
+
+    def forward(self, tokens: Tensor, reset: Tensor) -> Tensor:
+        """Features (T, streams, width), continuing from the carried state, or from zeros where ``reset`` is true."""
+        features, end = self.unroll(tokens, self.start(reset))
+        self.keep(end)
+        return features

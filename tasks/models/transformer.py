@@ -7,11 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Past:
+    """What a decoder remembers of the tokens it has read, so that it reads each of them once.
+
+    Attributes:
+        length: how many they are.
+        kept: keys and values (N, heads, S, width / heads) of every attention: of these tokens, or of the memory.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order."""
+        self.kept = {attention: (k[rows], v[rows]) for attention, (k, v) in self.kept.items()}
+
+
 class Attention(nn.Module):
     """Multi-head attention of queries x (N, T, width) over ``source`` (N, S, width), or over x itself.
 
     ``mask`` is boolean, broadcast to (N, heads, T, S), true where attention is allowed. ``causal``: position
-    t sees positions up to t.
+    t sees positions up to t. ``past``: x itself is the one token after those that were read with it (T = 1);
+    a ``source`` is looked at only the first time.
 
     Initialisation as in fairseq: Xavier uniform, with gain 1/√2 for queries, keys and values (which is what
     Xavier gives for the three as one matrix), biases 0.
@@ -32,14 +50,28 @@ class Attention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
+        self,
+        x: Tensor,
+        source: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        past: Past | None = None,
     ) -> Tensor:
-        source = x if source is None else source
         n, t, width = x.shape
         q = self.query(x).view(n, t, self.heads, -1).transpose(1, 2)
-        k, v = self.key_value(source).view(n, source.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        kept = None if past is None else past.kept.get(self)
+        if kept is None or source is None:
+            read = x if source is None else source
+            k, v = self.key_value(read).view(n, read.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            if kept is not None:
+                k, v = torch.cat((kept[0], k), dim=2), torch.cat((kept[1], v), dim=2)
+        else:
+            k, v = kept
+        if past is not None:
+            past.kept[self] = k, v
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        # The token after those that were read sees all of them.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal and kept is None)
         output: Tensor = self.output(y.transpose(1, 2).reshape(n, t, width))
         return output
 
@@ -64,11 +96,16 @@ class Residual(nn.Module):
         self.dropout, self.pre_ln = nn.Dropout(dropout), pre_ln
 
     def forward(
-        self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
+        self,
+        x: Tensor,
+        source: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        past: Past | None = None,
     ) -> Tensor:
         y = self.norm(x) if self.pre_ln else x
         # Only attention looks at other positions.
-        y = self.sublayer(y) if isinstance(self.sublayer, FeedForward) else self.sublayer(y, source, mask, causal)
+        y = self.sublayer(y) if isinstance(self.sublayer, FeedForward) else self.sublayer(y, source, mask, causal, past)
         x = x + self.dropout(y)
         if not self.pre_ln:
             x = self.norm(x)
@@ -80,6 +117,9 @@ class Stack(nn.Module):
 
     With ``cross`` it is a decoder, without it an encoder, or a decoder-only language model if called with
     ``causal=True``. A pre-LN stack ends in one more LayerNorm, as otherwise its output was never normalised.
+
+    ``dropout`` is that of every sublayer's output, ``inner_dropout`` that of the attention weights and inside the
+    feed-forward networks; None: the same.
     """
 
     def __init__(
@@ -91,13 +131,15 @@ class Stack(nn.Module):
         dropout: float,
         pre_ln: bool,
         cross: bool = False,
+        inner_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.cross = cross
         self.layers = nn.ModuleList()
+        inner = dropout if inner_dropout is None else inner_dropout
         for _ in range(layers):
-            sublayers: list[nn.Module] = [Attention(width, heads, dropout) for _ in range(1 + cross)]
-            sublayers.append(FeedForward(width, hidden, dropout))
+            sublayers: list[nn.Module] = [Attention(width, heads, inner) for _ in range(1 + cross)]
+            sublayers.append(FeedForward(width, hidden, inner))
             self.layers.append(nn.ModuleList(Residual(f, width, dropout, pre_ln) for f in sublayers))
         self.norm: nn.Module = nn.LayerNorm(width) if pre_ln else nn.Identity()
 
@@ -108,12 +150,13 @@ class Stack(nn.Module):
         causal: bool = False,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleList)
-            x = layer[0](x, None, mask, causal)
+            x = layer[0](x, None, mask, causal, past)
             if self.cross:
-                x = layer[1](x, memory, memory_mask)
+                x = layer[1](x, memory, memory_mask, past=past)
             x = layer[-1](x)
         output: Tensor = self.norm(x)
         return output
@@ -140,8 +183,8 @@ class Embedding(nn.Module):
         positions = torch.cat((angles.sin(), angles.cos()), dim=1).float()
         self.register_buffer("positions", positions, persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.scale * self.tokens(tokens) + self.positions[: tokens.shape[1]]
+    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
+        x = self.scale * self.tokens(tokens) + self.positions[start : start + tokens.shape[1]]
         y: Tensor = self.dropout(x)
         return y
 
@@ -151,7 +194,8 @@ class Translator(nn.Module):
 
     ``tied``: the output shares it too, as in the paper; else the output is Xavier uniform. No output bias.
     Sources and targets are (N, S) and (N, T) padded with ``padding``; logits are (N, T, vocabulary). Targets
-    must be padded on the right: causality then hides the padding.
+    must be padded on the right: causality then hides the padding. ``dropout`` also on the sums of embedding and
+    position; ``inner_dropout`` as in Stack.
     """
 
     def __init__(
@@ -166,12 +210,13 @@ class Translator(nn.Module):
         pre_ln: bool = False,
         tied: bool = True,
         padding: int = 0,
+        inner_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.padding = padding
         self.embedding = Embedding(vocabulary, width, length, dropout)
-        self.encoder = Stack(layers, width, heads, hidden, dropout, pre_ln)
-        self.decoder = Stack(layers, width, heads, hidden, dropout, pre_ln, cross=True)
+        self.encoder = Stack(layers, width, heads, hidden, dropout, pre_ln, inner_dropout=inner_dropout)
+        self.decoder = Stack(layers, width, heads, hidden, dropout, pre_ln, cross=True, inner_dropout=inner_dropout)
         self.output = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.output.weight = self.embedding.tokens.weight
@@ -183,9 +228,15 @@ class Translator(nn.Module):
         mask = (source != self.padding)[:, None, None, :]
         return self.encoder(self.embedding(source), mask), mask
 
-    def decode(self, target: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """The decoder's output (N, T, width), before the output layer."""
-        x: Tensor = self.decoder(self.embedding(target), causal=True, memory=memory, memory_mask=mask)
+    def decode(self, target: Tensor, memory: Tensor, mask: Tensor, past: Past | None = None) -> Tensor:
+        """The decoder's output (N, T, width), before the output layer.
+
+        With ``past`` the target is the one token (N, 1) that follows what was decoded with it before.
+        """
+        x = self.embedding(target, 0 if past is None else past.length)
+        x = self.decoder(x, causal=True, memory=memory, memory_mask=mask, past=past)
+        if past is not None:
+            past.length += target.shape[1]
         return x
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from tasks.task import Task, available
+from tests.tasks.corpora import write_billion, write_text
 from tests.tasks.generated import write_image_folder, write_images
+
+TRANSLATION: dict[str, Any] = {
+    "vocabulary": 500, "max_tokens": 512, "layers": 1, "width": 32, "heads": 2, "hidden": 64, "dropout": 0.0,
+    "label_smoothing": 0.0, "decode": 4, "beam": 2,
+}  # fmt: skip
 
 # Smaller than the defaults, where these would cost seconds; a task that is not here runs as it is.
 SMALL: dict[str, dict[str, Any]] = {
@@ -20,9 +26,22 @@ SMALL: dict[str, dict[str, Any]] = {
     "emnist_mlp": {"batch_size": 32, "hidden": (32,)},
     "imagenet_resnet": {"batch_size": 8, "crop": 32, "resize": 36, "held_out": 0.25, "workers": 0},
     "mnist_mlp": {"batch_size": 32, "hidden": (32,)},
+    "one_billion_word_lstm": {
+        "batch_size": 8, "bptt": 8, "embedding": 16, "width": 32, "cutoffs": (8, 20), "dropout": 0.0, "min_count": 2
+    },
+    "iwslt14_transformer": TRANSLATION,
+    "multi30k_transformer": TRANSLATION,
     "phrases_transformer": {"batch_size": 16, "layers": 1, "decode": 20},
+    "ptb_lstm": {
+        "batch_size": 8, "bptt": 6, "layers": 2, "embedding": 24, "hidden": 32, "dropout": 0.0, "dropout_input": 0.0,
+        "dropout_hidden": 0.0, "dropout_embedding": 0.0, "weight_drop": 0.0, "ar": 0.0, "tar": 0.0
+    },
     "pydocs_lstm": {"batch_size": 8, "bptt": 10, "width": 32},
-}
+    "wikitext_transformer": {
+        "batch_size": 8, "context": 12, "layers": 1, "width": 32, "heads": 2, "hidden": 64, "dropout": 0.0,
+        "tied": False,
+    },
+}  # fmt: skip
 
 BESIDE = Path(__file__).parents[3] / "shared" / "data"  # a data root beside the checkout
 DATA = os.environ.get("UNTUNED_DATA") or (str(BESIDE) if BESIDE.is_dir() else None)
@@ -35,6 +54,9 @@ GENERATED: dict[str, Callable[[Path], None]] = {
     "emnist_mlp": lambda root: write_images(root / "emnist-digits", "image", "label", classes=10, grey=True),
     "imagenet_resnet": lambda root: write_image_folder(root / "imagenet", classes=4),
     "mnist_mlp": lambda root: write_images(root / "mnist", "image", "label", classes=10, grey=True),
+    "one_billion_word_lstm": lambda root: write_billion(root / "one_billion_word"),
+    "ptb_lstm": lambda root: write_text(root / "ptb", "ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
+    "wikitext_transformer": lambda root: write_text(root / "wikitext2", "train.txt", "valid.txt", "test.txt"),
 }
 
 

@@ -101,9 +101,9 @@ def test_batches_resume_exactly(task: Task, start: int) -> None:
     assert all(map(same, take(task, 3, start + 3)[start:], take(task, 3, 3, start)))
 
 
-def test_batches_have_one_shape(task: Task) -> None:
+def test_batches_have_one_shape_or_few(task: Task) -> None:
     shapes = {tuple((leaf.shape, leaf.dtype) for leaf in leaves(batch)) for batch in take(task, 0, 200)}
-    assert len(shapes) == 1
+    assert len(shapes) == 1 if task.one_shape else 1 < len(shapes) < 20
 
 
 def test_the_model_is_a_function_of_the_global_seed(task: Task) -> None:
