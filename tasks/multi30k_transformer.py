@@ -30,9 +30,9 @@ class Multi30kTransformer(Translation):
 
     The data: 29,000 training pairs, 1014 validation, 1000 test (test 2016, Flickr), raw text, from the folder
     multi30k of the data root: train.jsonl, val*.jsonl, test.jsonl with ``{"de": ..., "en": ...}`` a line (or plain
-    text train.de, train.en, ...), else from the Hugging Face hub. No paper of this study has this size of model;
-    it is IWSLT'14's task, small enough for one GPU in minutes or a CPU in hours. How batches, BPE and loss are made
-    is in tasks/translation.py.
+    text train.de, train.en, ...), else from the Hugging Face hub. No paper of this study has this size of model:
+    it is IWSLT'14's task made small. An epoch is 134 steps; with max_tokens 1024 it is 533, of which one takes
+    about 0.7 s of a slow CPU core, against 4 s. How batches, BPE and loss are made is in tasks/translation.py.
 
     Metric: ``loss``, nats per target token (with <eos>) of the whole split, without smoothing, lower is better:
     BLEU is too coarse for short budgets. Also, if ``decode`` > 0, ``bleu``: sacreBLEU with its defaults (property
