@@ -135,8 +135,8 @@ class Row:
     Attributes:
         rule: its name in YAML.
         hyper: its hyper-parameters.
-        reference: what it must match at learning rate LR.
-        options: options of the engine, as the reference's weight decay.
+        reference: what it must match.
+        options: options of the engine, as the reference's weight decay; its learning rate where it is not LR.
         quadratic, rosenbrock: learning rates at which it must descend.
     """
 
@@ -152,10 +152,11 @@ class Row:
         shown = (f"{k}={v['name'] if isinstance(v, dict) else v}" for k, v in values.items())
         return " ".join([self.rule, *shown])
 
-    def make(self, params: Any, lr: float = LR, **options: Any) -> Engine:
-        """The row's optimizer."""
+    def make(self, params: Any, lr: float | None = None, **options: Any) -> Engine:
+        """The row's optimizer, at the learning rate of its reference."""
         kind = getattr(optimizers, available()[self.rule].__name__)
-        return kind(params, lr=lr, **self.hyper, **{**self.options, **options})
+        values = {"lr": LR, **self.hyper, **self.options, **options}
+        return kind(params, **(values if lr is None else values | {"lr": lr}))
 
     def descent(self, lr: float, steps: int) -> Callable[[list[nn.Parameter]], Engine]:
         """The row's optimizer without weight decay and with a linear decay, to converge."""
@@ -167,6 +168,7 @@ BETAS = (0.9, 0.99)
 DECAY = {"weight_decay": 0.02}
 SGD = {"quadratic": 0.05, "rosenbrock": 0.001}
 ADAM = {"name": "adam", **B}
+KALMAN = {**DECAY, "lr": 0.1}
 MOMENTUM = {"name": "sgd", "momentum": 0.9}
 T = torch.optim
 
@@ -349,6 +351,9 @@ ROWS = [
     ),
     Row("lars", {"trust": 0.05}, paper_of_tensors(recurrences.lars(LR, 0.9, 0.05, 0.02)), DECAY),
     Row("lamb", B, paper_of_tensors(recurrences.lamb(LR, 0.9, 0.99, 0.02)), DECAY),
+    Row("koalav", {"variant": "published"}, authors("koala", "koala-v"), KALMAN, quadratic=1.0, rosenbrock=1.0),
+    Row("koalav", {}, paper_of_tensors(recurrences.koala_v(0.1, 0.02)), KALMAN, quadratic=1.0, rosenbrock=1.0),
+    Row("koalam", {}, authors("koala", "koala-m"), KALMAN, quadratic=1.0, rosenbrock=1.0),
     # Torch's learning rate is also its largest rate, which 100 steps do not get below.
     Row(
         "adafactor",
