@@ -1,5 +1,7 @@
 """``python -m optimizers``: the rules of this package, with their defaults, as a table."""
 
+import textwrap
+
 import torch
 from tabulate import tabulate
 
@@ -9,7 +11,7 @@ COLUMNS = ("name", "family", "bytes", "lr", "decay", "needs", "paper", "what it 
 LEGEND = """bytes: of state, for each parameter of a float32 matrix of 512 x 512; lr: as published; decay: of weights.
 needs: warmup, has its own; loss, step(loss=...); shape, of tensors, which are never joined; all, a norm over all
 tensors; ahead, evaluation_weights(), as between steps the parameters are not the weights."""
-WIDTH = 49
+WIDTH = 44
 """Of the last column: the table then fits into 150."""
 
 
@@ -29,12 +31,11 @@ def row(name: str, rule: Rule) -> tuple[str, ...]:
     """A line of the table. The state is measured on a float32 tensor that is large enough for any codec."""
     p = torch.zeros(512, 512)
     state = sum(value.numel() * value.element_size() for value in rule.init(p).values())
-    line = (type(rule).__doc__ or "").strip().splitlines()[0].partition(": ")[2]
-    if len(line) > WIDTH:
-        line = line[: WIDTH - 3].rstrip() + "..."
+    line = (type(rule).__doc__ or "").strip().splitlines()[0]
+    line = textwrap.shorten(line.removeprefix(f"{type(rule).__name__}: "), WIDTH, placeholder="...")
     paper = rule.paper.partition(",")[0]
     lr = f"{rule.published_lr:g}"
-    return name, rule.family, f"{state / p.numel():.4g}", lr, rule.weight_decay_mode, needs(rule), paper, line
+    return name, rule.family, f"{round(state / p.numel(), 3):g}", lr, rule.weight_decay_mode, needs(rule), paper, line
 
 
 def table() -> str:

@@ -28,6 +28,7 @@ class LAMB(Rule):
     weight_decay_mode: ClassVar[WeightDecayMode] = "internal"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
     elementwise: ClassVar[bool] = False
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -52,6 +52,7 @@ class AdaPNM(Rule):
     family: ClassVar[str] = "adaptive"
     published_lr: ClassVar[float] = 1e-3  # authors' code
     momentum_state: ClassVar[tuple[str, ...]] = ("m", "before")
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v", "top")
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -57,6 +57,7 @@ class Rule:
         needs_loss: ``step`` must be given the loss, which is then among the scalars as ``loss``.
         predicts: between steps the parameters stand where the next gradient is taken, and not at the weights.
         momentum_state: names of the state tensors that are momentum (Lookahead can reset them).
+        nonnegative_state: names of the state tensors that are never negative (an 8-bit code needs no sign there).
         revision: raised when the rule's mathematics changes, so that old results are not reused.
         later: fields that were added after results were committed: at its default such a field is left out of a
             run's id, so that the old results stay.
@@ -72,6 +73,7 @@ class Rule:
     predicts: ClassVar[bool] = False
     weight_decay_mode: ClassVar[WeightDecayMode] = "decoupled"
     momentum_state: ClassVar[tuple[str, ...]] = ()
+    nonnegative_state: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
     later: ClassVar[tuple[str, ...]] = ()
 
@@ -173,6 +175,10 @@ class Wrapper(Rule):
     @property
     def momentum_state(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.momentum_state
+
+    @property
+    def nonnegative_state(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.nonnegative_state
 
     @property
     def second_moment_beta(self) -> float | None:

@@ -233,6 +233,8 @@ ROWS = [
         paper(recurrences.adan(LR, (0.98, 0.92, 0.99), 30, 0.02)),
         DECAY,
     ),
+    # Tensors as small as these stay in 32 bits; test_eight_bit.py has larger ones.
+    Row("eightbit", {"inner": ADAM}, torch_has(lambda p: T.Adam(p, LR, BETAS, weight_decay=0.02)), DECAY),
     # The averages themselves are compared with torch in test_averaging.py.
     Row(
         "iterateaveraging",
