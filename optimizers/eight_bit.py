@@ -16,10 +16,10 @@ class EightBit(Wrapper):
     """8-bit state: block-wise dynamic quantisation of the inner rule's state.
 
     Each state tensor T is cut into blocks of ``block`` elements; kept are absmax = max |T| of each block and of
-    each element the number of the codebook entry that is nearest to T / absmax. A step decodes to the precision of the step, runs
-    the inner rule, and encodes. The codebook is dynamic (a tree): after the sign, the number of leading zeros
-    is a decimal exponent and the rest a linear fraction, so that values have a relative precision over seven
-    decades; states that are never negative (the rule's ``nonnegative_state``) use the sign's bit as well.
+    each element the number of the codebook entry that is nearest to T / absmax. A step decodes, runs the inner
+    rule in its usual precision, and encodes. The codebook is dynamic (a tree): after the sign, the number of
+    leading zeros is a decimal exponent and the rest a linear fraction, so that values have a relative precision
+    over seven decades; states that are never negative (the rule's ``nonnegative_state``) use the sign's bit, too.
 
     ``block`` is 2048 in the paper and 256 in newer versions of bitsandbytes. Tensors of fewer than ``minimum``
     elements stay in 32 bits, and so does the state of parameters that have ``full_precision_state = True``, as
@@ -34,8 +34,8 @@ class EightBit(Wrapper):
 
     paper: ClassVar[str] = "Dettmers et al. 2022, arXiv 2110.02861"
     family: ClassVar[str] = "wrapper"
-    elementwise: ClassVar[bool] = False  # type: ignore[misc]
-    momentum_state: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc]
+    elementwise: ClassVar[bool] = False
+    momentum_state: ClassVar[tuple[str, ...]] = ()
 
     inner: Inner = Adam()
     block: Count = 2048

@@ -15,8 +15,9 @@ class LSTMLanguageModel(nn.Module):
 
     Initialisation: all weights and biases of the LSTM uniform in ±1/√width (torch's default), embedding and
     output uniform in ±0.1, output bias 0. Zaremba et al. use one range for everything and no weight tying
-    (Press and Wolf, 2017).
-    ``stable``: the embedding is a StableEmbedding. Dropout is on the input, between layers and on the output, not on the recurrence.
+    (Press and Wolf, 2017). ``stable``: the embedding is a StableEmbedding.
+
+    Dropout is on the input, between layers and on the output, not on the recurrence.
     """
 
     carried: Tensor

@@ -47,6 +47,18 @@ def torch_has(make: Callable[[Any], torch.optim.Optimizer]) -> Reference:
     return follow
 
 
+def package_has(name: str, *, over: Any = None, **options: Any) -> Reference:
+    """The reference is an optimizer of the package pytorch_optimizer, ``over`` a torch optimizer where it wraps."""
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        import pytorch_optimizer
+
+        kind = getattr(pytorch_optimizer, name)
+        return kind(over(params), **options) if over else kind(params, lr=LR, **options)
+
+    return torch_has(make)
+
+
 def authors(file: str, case: str) -> Reference:
     """The reference is a trajectory of the authors' own code, from reference/."""
 
@@ -137,6 +149,7 @@ class Row:
         hyper: its hyper-parameters.
         reference: what it must match.
         options: options of the engine, as the reference's weight decay; its learning rate where it is not LR.
+        also: a reference in another package that it equals, too.
         quadratic, rosenbrock: learning rates at which it must descend.
     """
 
@@ -144,6 +157,7 @@ class Row:
     hyper: dict[str, Any]
     reference: Reference
     options: dict[str, Any] = field(default_factory=dict)
+    also: Reference | None = None
     quadratic: float = 0.1
     rosenbrock: float = 0.05
 
@@ -166,6 +180,7 @@ class Row:
 B = {"beta1": 0.9, "beta2": 0.99}
 BETAS = (0.9, 0.99)
 DECAY = {"weight_decay": 0.02}
+DECOUPLED = {"weight_decay": 0.02, "weight_decouple": True}
 SGD = {"quadratic": 0.05, "rosenbrock": 0.001}
 ADAM = {"name": "adam", **B}
 KALMAN = {**DECAY, "lr": 0.1}
@@ -187,7 +202,7 @@ ROWS = [
     Row("adam", B, torch_has(lambda p: T.Adam(p, LR, BETAS, weight_decay=0.02)), DECAY),
     Row("adam", {"eps": 1e-4}, torch_has(lambda p: T.Adam(p, LR, eps=1e-4))),
     Row("adamw", B, torch_has(lambda p: T.AdamW(p, LR, BETAS, weight_decay=0.02)), DECAY),
-    Row("adamax", {}, torch_has(lambda p: T.Adamax(p, LR)), rosenbrock=0.2),
+    Row("adamax", {}, torch_has(lambda p: T.Adamax(p, LR)), also=package_has("AdaMax"), rosenbrock=0.2),
     Row("adamax", B, torch_has(lambda p: T.Adamax(p, LR, BETAS, weight_decay=0.02)), DECAY),
     Row(
         "adam2k",
@@ -217,6 +232,7 @@ ROWS = [
         {**B, "variant": "torch"},
         torch_has(lambda p: AuthorsRAdam(p, idle=False)),
         {**DECAY, "weight_decay_mode": "decoupled"},
+        also=package_has("RAdam", betas=BETAS, **DECOUPLED, degenerated_to_sgd=True),
         rosenbrock=0.005,
     ),
     Row(
@@ -224,8 +240,15 @@ ROWS = [
         {**B, "variant": "authors"},
         torch_has(lambda p: AuthorsRAdam(p, idle=True)),
         DECAY,
+        also=package_has("RAdam", betas=BETAS, **DECOUPLED, degenerated_to_sgd=False),
     ),
-    Row("adan", {}, authors("adan", "adan, proximal decay"), DECAY),
+    Row(
+        "adan",
+        {},
+        authors("adan", "adan, proximal decay"),
+        DECAY,
+        also=package_has("Adan", betas=(0.98, 0.92, 0.99), weight_decay=0.02),
+    ),
     Row("adan", {}, authors("adan", "adan, no_prox"), {**DECAY, "weight_decay_mode": "decoupled"}),
     Row(
         "adan",
@@ -249,7 +272,12 @@ ROWS = [
         {"inner": ADAM, "kind": "ema", "beta": 0.9, "start": 3},
         torch_has(lambda p: T.Adam(p, LR, BETAS)),
     ),
-    Row("lookahead", {"inner": ADAM}, authors("lookahead", "lookahead of torch Adam")),
+    Row(
+        "lookahead",
+        {"inner": ADAM},
+        authors("lookahead", "lookahead of torch Adam"),
+        also=package_has("Lookahead", over=lambda p: T.Adam(p, LR, BETAS), k=5, alpha=0.8, pullback_momentum="none"),
+    ),
     Row(
         "lookahead",
         {"inner": MOMENTUM, "momentum": "reset"},
@@ -293,14 +321,26 @@ ROWS = [
         torch_has(lambda p: T.RMSprop(p, LR, 0.9, weight_decay=0.02, momentum=0.8, centered=True)),
         DECAY,
     ),
-    Row("lion", {}, paper(recurrences.lion(LR, 0.9, 0.99, 0.02)), DECAY),
+    Row(
+        "lion",
+        {},
+        paper(recurrences.lion(LR, 0.9, 0.99, 0.02)),
+        DECAY,
+        also=package_has("Lion", betas=BETAS, **DECOUPLED),
+    ),
     Row(
         "adabelief",
         {**B, "eps": 1e-8},
         authors("adabelief", "adabelief, no rectify, decoupled"),
         DECAY,
+        also=package_has("AdaBelief", betas=BETAS, eps=1e-8, **DECOUPLED, rectify=False),
     ),
-    Row("diffgrad", B, authors("diffgrad", "diffgrad, corrected")),
+    Row(
+        "diffgrad",
+        B,
+        authors("diffgrad", "diffgrad, corrected"),
+        also=package_has("DiffGrad", betas=BETAS, eps=1e-8),
+    ),
     Row(
         "diffgrad",
         {**B, "variant": "published"},
@@ -321,7 +361,14 @@ ROWS = [
         DECAY,
         rosenbrock=0.003,
     ),
-    Row("pnm", {}, authors("pnm", "pnm, decoupled decay"), DECAY, rosenbrock=0.0025),
+    Row(
+        "pnm",
+        {},
+        authors("pnm", "pnm, decoupled decay"),
+        DECAY,
+        also=package_has("PNM", betas=(0.9, 1.0), **DECOUPLED),
+        rosenbrock=0.0025,
+    ),
     Row("adapnm", B, authors("pnm", "adapnm, amsgrad, decoupled decay"), DECAY, rosenbrock=0.2),
     Row(
         "adapnm",
@@ -338,6 +385,7 @@ ROWS = [
         "generalizedsignsgd",
         {"beta2": 0.0, "eps": 0.0},
         paper(recurrences.sign_of_momentum(LR, 0.9)),
+        also=package_has("SignSGD", momentum=0.9),
     ),
     Row(
         "generalizedsignsgd",
@@ -350,6 +398,7 @@ ROWS = [
         "padam",
         {**B, "power": 0.2, "amsgrad": False},
         paper(recurrences.padam(LR, 0.9, 0.99, 0.2, False)),
+        also=package_has("PAdam", betas=BETAS, partial=0.2),
     ),
     Row("lars", {"trust": 0.05}, paper_of_tensors(recurrences.lars(LR, 0.9, 0.05, 0.02)), DECAY),
     Row("lamb", B, paper_of_tensors(recurrences.lamb(LR, 0.9, 0.99, 0.02)), DECAY),
@@ -362,6 +411,7 @@ ROWS = [
         {"relative_step": False},
         torch_has(lambda p: T.Adafactor(p, LR)),
     ),
+    Row("adafactor", {}, package_has("AdaFactor", betas=(None, 0.999)), {"lr": 1.0}, quadratic=90.0, rosenbrock=90.0),
     Row(
         "adafactor",
         {"largest_rate": 0.3, "clip": 0.5},

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 import optimizers
 from optimizers import Engine
 from optimizers.rule import available, describe, make
-from tests.optimizers.problems import descend, equal, gradients, loss_of, quadratic, rosenbrock, run, start, step
+from tests.optimizers.problems import (
+    descend,
+    difference,
+    equal,
+    gradients,
+    loss_of,
+    quadratic,
+    rosenbrock,
+    run,
+    start,
+    step,
+)
 from tests.optimizers.table import ROWS, STEPS, Row
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -60,6 +71,30 @@ def test_matches_its_reference(row: Row, execution: str) -> None:
     for t, reference in expected.items():
         for ours, theirs in zip(seen[t], reference, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, t=t: f"step {t}: {m}")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.also], ids=str)
+def test_equals_other_packages(row: Row) -> None:
+    pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
+    params, seen = start(), {}
+    run(row.make(params), params, 1, STEPS, lambda t: seen.update({t: [p.detach().clone() for p in params]}))
+    for t, reference in row.also().items():
+        for ours, theirs in zip(seen[t], reference, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m, t=t: f"step {t}: {m}")
+
+
+def test_where_other_packages_differ() -> None:
+    """As the docstrings of AdaPNM, LAMB and LARS say."""
+    package = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
+    theirs = {
+        "AdaPNM": package.AdaPNM(p := start(), lr=0.01),
+        "LAMB": package.Lamb(q := start(), lr=0.01),
+        "LARS": package.LARS(r := start(), lr=0.01),
+    }
+    for (name, other), params in zip(theirs.items(), (p, q, r), strict=True):
+        mine = start()
+        gaps = [difference(run(getattr(optimizers, name)(mine, lr=0.01), mine, 1, 1), run(other, params, 1, 1))]
+        assert gaps[0] > 1e-9, name
 
 
 @every_row
