@@ -19,7 +19,7 @@ def test_output_has_mean_0_and_variance_1_whatever_the_weights() -> None:
     torch.manual_seed(0)
     layer = StableEmbedding(50, 64)
     bound = (6 / (50 + 64)) ** 0.5
-    assert layer.weight.abs().max() <= bound and layer.weight.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert layer.weight.abs().max() <= bound and layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
     tokens = torch.randint(50, (7, 3))
     for factor in (1.0, 100.0):
         with torch.no_grad():
