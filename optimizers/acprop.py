@@ -30,6 +30,7 @@ class ACProp(Rule):
     paper: ClassVar[str] = "Zhuang et al. 2021, arXiv 2110.05454"
     family: ClassVar[str] = "adaptive"
     published_lr: ClassVar[float] = 1e-3  # authors' code
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("s",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -25,6 +25,7 @@ class AdaBelief(Rule):
     family: ClassVar[str] = "adaptive"
     published_lr: ClassVar[float] = 1e-3  # authors' code
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("s",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -32,6 +32,7 @@ class Adafactor(Rule):
     paper: ClassVar[str] = "Shazeer & Stern 2018, arXiv 1804.04235"
     family: ClassVar[str] = "adaptive"
     elementwise: ClassVar[bool] = False
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v", "row", "column")
 
     decay_power: Positive = 0.8
     eps1: NonNegative = 1e-30

@@ -22,6 +22,7 @@ class Adagrad(Rule):
     family: ClassVar[str] = "adaptive"
     published_lr: ClassVar[float] = 1e-2  # torch; the paper tunes it
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("s",)
 
     initial: NonNegative = 0.0
     eps: NonNegative = 1e-10

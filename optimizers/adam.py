@@ -23,6 +23,7 @@ class Adam(Rule):
     published_lr: ClassVar[float] = 1e-3  # paper
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -24,6 +24,7 @@ class AdaMax(Rule):
     published_lr: ClassVar[float] = 2e-3  # paper
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("u",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

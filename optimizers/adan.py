@@ -35,6 +35,7 @@ class Adan(Rule):
     published_lr: ClassVar[float] = 1e-3  # authors' code
     weight_decay_mode: ClassVar[WeightDecayMode] = "proximal"
     momentum_state: ClassVar[tuple[str, ...]] = ("m", "v")
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("n",)
 
     beta1: Beta = 0.98
     beta2: Beta = 0.92

@@ -21,6 +21,7 @@ class AMSGrad(Adam):
     """
 
     paper: ClassVar[str] = "Reddi et al. 2018, arXiv 1904.09237"
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v", "top")
 
     def init(self, p: Tensor) -> State:
         return super().init(p) | {"top": zeros(p)}

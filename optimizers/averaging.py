@@ -20,9 +20,10 @@ class IterateAveraging(Wrapper):
 
     Evaluation is on the average; before ``start`` it is theta. Equal weights over AdamW are Gadam, over Padam
     with decoupled decay GadamX, over SGD the average of SWA; the papers average once an epoch, so ``every``
-    is an epoch's number of steps and ``start`` the first epoch's end that counts. As torch's AveragedModel,
-    with ``beta`` the decay of get_ema_multi_avg_fn, but that the average of parameters of half precision is
-    in float32. Statistics of batch norm are not re-estimated for the average.
+    is an epoch's number of steps and ``start`` the first epoch's end that counts. The average of the last n
+    checkpoints, ``every`` steps apart, of a run of T steps (as in papers on translation) has start = T - (n - 1)
+    every. As torch's AveragedModel, with ``beta`` the decay of get_ema_multi_avg_fn, but that the average of
+    parameters of half precision is in float32. Statistics of batch norm are not re-estimated for the average.
 
     Over Lookahead, the fast weights are averaged (they agree with the slow ones where ``every`` and ``start``
     are multiples of k); within Lookahead, evaluation is on Lookahead's slow weights.

@@ -43,7 +43,7 @@ class Engine(torch.optim.Optimizer):
             coupled     g <- g + weight_decay * theta (L2 regularisation)
             decoupled   theta <- (1 - lr_t * weight_decay) theta, before the step (AdamW)
             proximal    theta <- theta / (1 + lr_t * weight_decay), after the step (Adan)
-            internal    the rule has the decay inside its own direction (LARS and LAMB, and they alone)
+            internal    the rule has the decay inside its own direction (LARS, LAMB and KOALA, and they alone)
             none        no decay, whatever the strength
         weight_decay_mode: None takes the mode of the rule's authors.
         clip_norm: gradients are scaled so that their global norm is at most this (as
@@ -165,12 +165,19 @@ class Engine(torch.optim.Optimizer):
         return _factors(self.warmup, self.decay, self.steps, beta2, chunk)[offset]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. A closure re-evaluates the model and returns the loss, which is returned."""
-        loss = None
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
+        """One step. A closure re-evaluates the model and returns the loss, which is returned.
+
+        A rule that needs the loss takes ``loss``, or else what the closure returned: a number, or the losses of
+        the examples. It is used where it is, so that a step does not wait for the device.
+
+        Raises:
+            ValueError: for a rule that needs the loss, without one.
+        """
+        returned = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                returned = closure()
         with_grad = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         everything: list[Any] = list(itertools.chain.from_iterable(with_grad))
         if not everything:
@@ -180,9 +187,10 @@ class Engine(torch.optim.Optimizer):
                 "and load its state_dict.",
                 stacklevel=2,
             )
-            return loss
+            return returned
         if any(p.grad.is_sparse or p.is_complex() for p in everything):
             raise ValueError("sparse gradients (use sparse=False) and complex parameters are not supported")
+        given = self._given_loss(returned if loss is None else loss)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(everything, self.clip_norm)
         for index, params in enumerate(with_grad):
@@ -196,15 +204,33 @@ class Engine(torch.optim.Optimizer):
                 state["step"] += 1
             params.sort(key=lambda p: self.state[p]["step"])
             for t, same in itertools.groupby(params, key=lambda p: self.state[p]["step"]):
-                self._advance(rule, group, list(same), _coefficients(rule, t), lr)
-        return loss
+                self._advance(rule, group, list(same), _coefficients(rule, t), lr, given)
+        return returned
 
-    def _advance(self, rule: Rule, group: dict[str, Any], params: list[Any], c: dict[str, float], lr: float) -> None:
+    def _given_loss(self, loss: Any) -> Scalars:
+        """The loss as a scalar of the step, for rules that need it."""
+        rules = [self._rule(index) for index in range(len(self.param_groups))]
+        if not any(rule.needs_loss for rule in rules):
+            return {}
+        if loss is None:
+            raise ValueError(f"{type(self).__name__} needs the loss: call step(loss=loss), or step with a closure")
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        return {"loss": value.float() if value.dtype in HALF else value}
+
+    def _advance(
+        self,
+        rule: Rule,
+        group: dict[str, Any],
+        params: list[Any],
+        c: dict[str, float],
+        lr: float,
+        given: Scalars,
+    ) -> None:
         decay = group["weight_decay"]
         mode: WeightDecayMode = group["weight_decay_mode"] if decay else "none"
         if not rule.joint and (self.execution == "eager" or not rule.elementwise):
             states = [{k: v for k, v in self.state[p].items() if k != "step"} for p in params]
-            self._update(rule, mode, params, [p.grad for p in params], states, c, lr, decay)
+            self._update(rule, mode, params, [p.grad for p in params], states, c, lr, decay, given)
             return
         alike: dict[Any, list[Any]] = {}
         for p in params:
@@ -213,7 +239,7 @@ class Engine(torch.optim.Optimizer):
             # Copies in and out: the parameters and gradients themselves stay where the user has them.
             flat = _flatten_dense_tensors(same)
             grad = _flatten_dense_tensors([p.grad for p in same])
-            self._update(rule, mode, [flat], [grad], [self._flat_state(same)], c, lr, decay)
+            self._update(rule, mode, [flat], [grad], [self._flat_state(same)], c, lr, decay, given)
             torch._foreach_copy_(same, _unflatten_dense_tensors(flat, same))
 
     def _update(
@@ -226,18 +252,20 @@ class Engine(torch.optim.Optimizer):
         c: dict[str, float],
         lr: float,
         decay: float,
+        given: Scalars,
     ) -> None:
         if self.execution == "compiled":
             # 0-d tensors, so that a new value is not a new program; on the CPU, which every kernel can read.
-            scalars = {k: torch.tensor(v, dtype=torch.float64) for k, v in c.items()}
+            scalars = {k: torch.tensor(v, dtype=torch.float64) for k, v in c.items()} | given
             rates = torch.tensor([lr, decay], dtype=torch.float64)
             _compiled(rule, mode, tuple(p.shape for p in params))(
                 rule, mode, params, grads, states, scalars, rates[0], rates[1]
             )
         else:
-            _run(rule, mode, params, grads, states, c, lr, decay)
+            _run(rule, mode, params, grads, states, {**c, **given}, lr, decay)
         for p, state in zip(params, states, strict=True):
             rule.after_step(p, state, c)
+            rule.predict(p, state)
 
     def _flat_state(self, params: list[Tensor]) -> State:
         """The state of several parameters as flat tensors, of which ``self.state`` holds views.
@@ -367,8 +395,10 @@ def _run(
 ) -> None:
     """One step of one rule over tensors of the same step number, in place."""
     lr = lr * c.get("lr", 1.0)
+    c = {**c, "rate": lr}
     if mode == "internal":
-        c = {**c, "weight_decay": decay}
+        c["weight_decay"] = decay
+    c |= rule.gather(params, grads, states, c)
     for p, g, state in zip(params, grads, states, strict=True):
         x = p.float() if p.dtype in HALF else p
         g = g.to(x.dtype)

@@ -18,7 +18,8 @@ class LAMB(Rule):
     direction = ||theta|| / ||u|| u, u itself where theta or u is 0
 
     As the paper with phi(z) = z; some implementations limit the norm of the weights to [0, 10], and Nvidia's
-    scales the gradient to a global norm of 1 first (clip_norm=1 is close to it). Its weight decay is inside the
+    scales the gradient to a global norm of 1 first (clip_norm=1 is close to it). The package pytorch_optimizer
+    corrects m's bias after the ratio, v's not at all, and has that limit. Its weight decay is inside the
     ratio (weight_decay_mode "internal").
     """
 
@@ -28,6 +29,7 @@ class LAMB(Rule):
     weight_decay_mode: ClassVar[WeightDecayMode] = "internal"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
     elementwise: ClassVar[bool] = False
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

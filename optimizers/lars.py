@@ -19,7 +19,8 @@ class LARS(Rule):
     As the paper, but that the learning rate multiplies the step and not the gradient that enters b: the same
     while it is constant. Its weight decay is inside the ratio (weight_decay_mode "internal"); with "coupled"
     the ratio's divisor is ||g + weight_decay theta||, as in Optax. It applies to every tensor that it is
-    given; biases and the weights of norms, often left out, have to go to another optimizer.
+    given; biases and the weights of norms, often left out, have to go to another optimizer (the package
+    pytorch_optimizer neither scales nor decays tensors of one dimension).
     """
 
     paper: ClassVar[str] = "You et al. 2017, arXiv 1708.03888"

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from optimizers.adam import Adam
+from optimizers.eight_bit import EightBit
 from optimizers.rule import SCHEMA, Count, Inner, State, Wrapper
 
 
@@ -35,6 +36,13 @@ class Lookahead(Wrapper):
     k: Count = 5
     alpha: Annotated[float, Strict(), Field(gt=0, le=1)] = 0.8
     momentum: Literal["keep", "reset", "pullback", "pullback_authors"] = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum != "keep" and isinstance(self.inner, EightBit):
+            raise ValueError(
+                f"momentum {self.momentum!r} needs the momentum's own values, which EightBit does not keep"
+            )
 
     def init(self, p: Tensor) -> State:
         state = self.inner.init(p)

@@ -25,6 +25,7 @@ class NAdam(Rule):
     published_lr: ClassVar[float] = 2e-3  # torch, after Keras
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -18,8 +18,8 @@ class NormalizedSGD(Rule):
     The norm is over all parameters (of a param group and one dtype), as in the paper. Without 1 - momentum, as
     SGD has it, the direction is the same. With momentum 0 it is the normalized gradient.
 
-    Clipped SGD, which normalizes only gradients that are longer than a bound, is SGD with the engine's
-    clip_norm, and clips before the momentum; it needs no rule of its own.
+    Clipped SGD, which normalizes only gradients that are longer than a bound, needs no rule of its own: it is
+    SGD with the engine's (a run's) ``clip_norm``, see there.
     """
 
     paper: ClassVar[str] = "Cutkosky & Mehta 2020, arXiv 2002.03305"

@@ -26,6 +26,7 @@ class Padam(Rule):
     published_lr: ClassVar[float] = 0.1  # paper
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v", "top")
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -45,13 +45,14 @@ class AdaPNM(Rule):
     direction = n / (1 - beta1^t) / (sqrt(top / (1 - beta2^t)) + eps)
 
     As the authors' code, whose betas=(beta1, beta2, beta0). Its correction 1 - beta1^t is not that of m_t,
-    which at odd t is 1 - beta1^(t+1) and at even t 1 - beta1^t.
+    which at odd t is 1 - beta1^(t+1) and at even t 1 - beta1^t. The package pytorch_optimizer adds 1e-15 to top.
     """
 
     paper: ClassVar[str] = "Xie et al. 2021, arXiv 2103.17182"
     family: ClassVar[str] = "adaptive"
     published_lr: ClassVar[float] = 1e-3  # authors' code
     momentum_state: ClassVar[tuple[str, ...]] = ("m", "before")
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v", "top")
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

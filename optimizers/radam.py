@@ -34,6 +34,7 @@ class RAdam(Rule):
     published_lr: ClassVar[float] = 1e-3  # authors' code
     own_warmup: ClassVar[bool] = True
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v",)
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999

@@ -25,6 +25,7 @@ class RMSProp(Rule):
     published_lr: ClassVar[float] = 1e-2  # torch; the lecture gives none
     weight_decay_mode: ClassVar[WeightDecayMode] = "coupled"
     momentum_state: ClassVar[tuple[str, ...]] = ("b",)
+    nonnegative_state: ClassVar[tuple[str, ...]] = ("v",)
 
     beta2: Beta = 0.99
     eps: NonNegative = 1e-8

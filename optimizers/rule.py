@@ -7,6 +7,7 @@ holds no learning rate: the engine (engine.py) applies -lr * warmup(t) * decay(t
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
@@ -53,7 +54,10 @@ class Rule:
         weight_decay_mode: the mode that the rule's authors use, taken unless another is asked for.
         elementwise: each coordinate's step depends on that coordinate alone, so tensors may be joined.
         joint: the rule takes a norm over all parameters, so the engine joins the tensors of a group into one.
+        needs_loss: ``step`` must be given the loss, which is then among the scalars as ``loss``.
+        predicts: between steps the parameters stand where the next gradient is taken, and not at the weights.
         momentum_state: names of the state tensors that are momentum (Lookahead can reset them).
+        nonnegative_state: names of the state tensors that are never negative (an 8-bit code needs no sign there).
         revision: raised when the rule's mathematics changes, so that old results are not reused.
         later: fields that were added after results were committed: at its default such a field is left out of a
             run's id, so that the old results stay.
@@ -65,8 +69,11 @@ class Rule:
     own_warmup: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
     joint: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = False
+    predicts: ClassVar[bool] = False
     weight_decay_mode: ClassVar[WeightDecayMode] = "decoupled"
     momentum_state: ClassVar[tuple[str, ...]] = ()
+    nonnegative_state: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
     later: ClassVar[tuple[str, ...]] = ()
 
@@ -83,16 +90,28 @@ class Rule:
         """
         return {}
 
+    def gather(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], c: Scalars) -> Scalars:
+        """What the tensors of a step have in common, a norm over all of them say, as further scalars for ``update``.
+
+        Called before the updates with the tensors of a param group of one step number. Changes nothing.
+        """
+        return {}
+
     def update(self, p: Tensor, g: Tensor, state: State, c: Scalars) -> Tensor:
         """Advance ``state`` in place and return the direction, a tensor of p's shape. Never changes p or g.
 
-        ``c`` holds the step's coefficients, and in the weight-decay mode ``internal`` the strength as
-        ``weight_decay``. Works on a tensor of any shape.
+        ``c`` holds the step's coefficients, what ``gather`` returned, the step's learning rate as ``rate`` (for
+        state in the units of the parameters; the direction is multiplied by it), and in the weight-decay mode
+        ``internal`` the strength as ``weight_decay``. Works on a tensor of any shape.
         """
         raise TypeError(f"{type(self).__name__} defines no update")
 
     def after_step(self, p: Tensor, state: State, c: dict[str, float]) -> None:
         """The hook of wrappers: called once p has been updated, always with Python floats; may change p."""
+
+    def predict(self, p: Tensor, state: State) -> None:
+        """Move p to where the next gradient is taken: the end of a step, after the hooks of wrappers. A rule that
+        does so gives the weights themselves in ``evaluation``."""
 
     def evaluation(self, p: Tensor, state: State) -> Tensor | None:
         """The weights to evaluate in place of p, or None for p itself."""
@@ -142,12 +161,24 @@ class Wrapper(Rule):
         return self.inner.joint
 
     @property
+    def needs_loss(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_loss
+
+    @property
+    def predicts(self) -> bool:  # type: ignore[override]
+        return self.inner.predicts
+
+    @property
     def weight_decay_mode(self) -> WeightDecayMode:  # type: ignore[override]
         return self.inner.weight_decay_mode
 
     @property
     def momentum_state(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.momentum_state
+
+    @property
+    def nonnegative_state(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.nonnegative_state
 
     @property
     def second_moment_beta(self) -> float | None:
@@ -159,11 +190,17 @@ class Wrapper(Rule):
     def coefficients(self, t: Tensor) -> dict[str, Tensor]:
         return self.inner.coefficients(t)
 
+    def gather(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], c: Scalars) -> Scalars:
+        return self.inner.gather(params, grads, states, c)
+
     def update(self, p: Tensor, g: Tensor, state: State, c: Scalars) -> Tensor:
         return self.inner.update(p, g, state, c)
 
     def after_step(self, p: Tensor, state: State, c: dict[str, float]) -> None:
         self.inner.after_step(p, state, c)
+
+    def predict(self, p: Tensor, state: State) -> None:
+        self.inner.predict(p, state)
 
     def evaluation(self, p: Tensor, state: State) -> Tensor | None:
         return self.inner.evaluation(p, state)

@@ -15,6 +15,10 @@ class SGD(Rule):
     b <- momentum b + g;  direction = b, with Nesterov g + momentum b, without momentum g
 
     As torch.optim.SGD with dampening 0 (there b starts as the first g; from zeros that is the same).
+
+    Clipped SGD is this rule with the engine's ``clip_norm`` (``SGD(params, lr, clip_norm=1.0)``; a run's
+    ``clip_norm=1.0``, beside ``optimizer=sgd`` and no part of it): gradients longer than that, over all
+    parameters, are scaled to it, before the weight decay and the momentum.
     """
 
     paper: ClassVar[str] = "Sutskever et al. 2013"

@@ -80,7 +80,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         recorder.before_step(t, loss)
-        optimizer.step()
+        optimizer.step(loss=loss)
         recorder.after_step(t)
         if t % CHECK_EVERY == 0 or t == run.steps:
             diverged = recorder.first_bad(bound, t)

@@ -73,11 +73,13 @@ class PhrasesTransformer(Task):
         pre_ln: LayerNorm before the sublayers, not after (which needs no warmup: Xiong et al., 2020).
         tied: the output layer shares the weights of the embedding.
         decode: phrases of a split to translate in an evaluation.
+        stable_embedding: LayerNorm after the embedding, for 8-bit optimizers: tasks/models/embedding.py.
     """
 
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     steps: ClassVar[int] = 300
+    later: ClassVar[tuple[str, ...]] = ("stable_embedding",)
 
     batch_size: int = Field(default=64, ge=1)
     layers: int = Field(default=6, ge=1)
@@ -88,6 +90,7 @@ class PhrasesTransformer(Task):
     pre_ln: bool = False
     tied: bool = True
     decode: int = Field(default=200, ge=1)
+    stable_embedding: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -116,6 +119,7 @@ class PhrasesTransformer(Task):
             self.pre_ln,
             self.tied,
             padding=PAD,
+            stable=self.stable_embedding,
         )
         return model.to(self.device)
 

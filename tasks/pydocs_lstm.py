@@ -52,11 +52,13 @@ class PydocsLSTM(Task):
         dropout: on the input, between layers, and on the output.
         tied: embedding and output share their weights.
         min_count: times a word must appear in the training split to be in the vocabulary.
+        stable_embedding: LayerNorm after the embedding, for 8-bit optimizers: tasks/models/embedding.py.
     """
 
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     steps: ClassVar[int] = 300
+    later: ClassVar[tuple[str, ...]] = ("stable_embedding",)
 
     batch_size: int = Field(default=20, ge=1)
     bptt: int = Field(default=25, ge=1)
@@ -65,6 +67,7 @@ class PydocsLSTM(Task):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     tied: bool = True
     min_count: int = Field(default=3, ge=1)
+    stable_embedding: bool = False
 
     def prepare(self, device: torch.device, data_root: str | None) -> None:
         vocabulary, splits = encode(self.min_count)
@@ -78,7 +81,8 @@ class PydocsLSTM(Task):
         return self.digest
 
     def model(self) -> nn.Module:
-        model = LSTMLanguageModel(len(self.words), self.width, self.layers, self.batch_size, self.tied, self.dropout)
+        shape = (len(self.words), self.width, self.layers, self.batch_size)
+        model = LSTMLanguageModel(*shape, self.tied, self.dropout, self.stable_embedding)
         return model.to(self.device)
 
     def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:

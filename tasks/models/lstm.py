@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tasks.models.embedding import StableEmbedding
+
 
 class Carrying(nn.Module):
     """A recurrent network with the state at the end of the last batch, as truncated backpropagation through time
@@ -33,16 +35,21 @@ class LSTMLanguageModel(Carrying):
 
     Initialisation: all weights and biases of the LSTM uniform in ±1/√width (torch's default), embedding and
     output uniform in ±0.1, output bias 0. Zaremba et al. use one range for everything and no weight tying
-    (Press and Wolf, 2017). Dropout is on the input, between layers and on the output, not on the recurrence.
+    (Press and Wolf, 2017). ``stable``: the embedding is a StableEmbedding.
+
+    Dropout is on the input, between layers and on the output, not on the recurrence.
     """
 
-    def __init__(self, vocabulary: int, width: int, layers: int, streams: int, tied: bool, dropout: float) -> None:
+    def __init__(
+        self, vocabulary: int, width: int, layers: int, streams: int, tied: bool, dropout: float, stable: bool = False
+    ) -> None:
         super().__init__(2, layers, streams, width)
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = StableEmbedding(vocabulary, width) if stable else nn.Embedding(vocabulary, width)
         self.lstm = nn.LSTM(width, width, layers, dropout=dropout if layers > 1 else 0.0)
         self.output = nn.Linear(width, vocabulary)
         self.dropout = nn.Dropout(dropout)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        if not stable:
+            nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.zeros_(self.output.bias)
         if tied:
             self.output.weight = self.embedding.weight

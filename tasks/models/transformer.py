@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tasks.models.embedding import StableEmbedding
+
 
 class Past:
     """What a decoder remembers of the tokens it has read, so that it reads each of them once.
@@ -166,18 +168,20 @@ class Embedding(nn.Module):
     """√width times the embedding, plus sines and cosines of the position.
 
     Initialisation normal with variance 1/width, as in fairseq. The sinusoids are in fairseq's order: all
-    sines, then all cosines (the paper has them alternate; the weights learn either).
+    sines, then all cosines (the paper has them alternate; the weights learn either). ``stable``: a
+    StableEmbedding, whose variance is one already, in place of √width times the embedding.
     """
 
     positions: Tensor
 
-    def __init__(self, vocabulary: int, width: int, length: int, dropout: float) -> None:
+    def __init__(self, vocabulary: int, width: int, length: int, dropout: float, stable: bool = False) -> None:
         super().__init__()
         if width % 2:
             raise ValueError(f"width={width} is odd: positions need as many sines as cosines")
-        self.tokens = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.tokens.weight, std=width**-0.5)
-        self.scale, self.dropout = math.sqrt(width), nn.Dropout(dropout)
+        self.tokens = StableEmbedding(vocabulary, width) if stable else nn.Embedding(vocabulary, width)
+        if not stable:
+            nn.init.normal_(self.tokens.weight, std=width**-0.5)
+        self.scale, self.dropout = 1.0 if stable else math.sqrt(width), nn.Dropout(dropout)
         rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
         positions = torch.cat((angles.sin(), angles.cos()), dim=1).float()
@@ -211,10 +215,11 @@ class Translator(nn.Module):
         tied: bool = True,
         padding: int = 0,
         inner_dropout: float | None = None,
+        stable: bool = False,
     ) -> None:
         super().__init__()
         self.padding = padding
-        self.embedding = Embedding(vocabulary, width, length, dropout)
+        self.embedding = Embedding(vocabulary, width, length, dropout, stable)
         self.encoder = Stack(layers, width, heads, hidden, dropout, pre_ln, inner_dropout=inner_dropout)
         self.decoder = Stack(layers, width, heads, hidden, dropout, pre_ln, cross=True, inner_dropout=inner_dropout)
         self.output = nn.Linear(width, vocabulary, bias=False)

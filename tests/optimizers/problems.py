@@ -40,6 +40,22 @@ def gradients(params: list[nn.Parameter], t: int) -> list[Tensor]:
     return [g.to(p.dtype) for p, g in zip(params, (gx, gw), strict=True)]
 
 
+def loss_of(params: list[nn.Parameter]) -> Tensor:
+    """The loss that rules see that need one: 1 + the part of the gradient that is one of a loss."""
+    x, w = (p.detach().double() for p in params)
+    curvatures = [torch.tensor(a, dtype=torch.float64) for a in CURVATURES]
+    loss = 1 + (curvatures[0] * (x - 0.3) ** 2).sum() / 2 + (curvatures[1].reshape(4, 3) * (w - 0.1) ** 2).sum() / 2
+    return loss.to(params[0].dtype)
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor | float) -> None:
+    """One step, with the loss where the optimizer takes it."""
+    if isinstance(optimizer, Engine):
+        optimizer.step(loss=loss)
+    else:
+        optimizer.step()
+
+
 def run(
     optimizer: torch.optim.Optimizer,
     params: list[nn.Parameter],
@@ -51,7 +67,7 @@ def run(
     for t in range(first, last + 1):
         for p, g in zip(params, gradients(params, t), strict=True):
             p.grad = g
-        optimizer.step()
+        step(optimizer, loss_of(params))
         after(t)
     return [p.detach().clone() for p in params]
 
@@ -89,7 +105,7 @@ def descend(
     p = nn.Parameter(torch.tensor(at, dtype=torch.float64))
     optimizer = make([p])
     for _ in range(steps):
-        p.grad = loss(p.detach())[1]
-        optimizer.step()
+        value, p.grad = loss(p.detach())
+        step(optimizer, value)
     with optimizer.evaluation_weights():
         return loss(p.detach())[0]

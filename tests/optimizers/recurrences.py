@@ -263,3 +263,29 @@ def adafactor(lr: float, columns: list[int], largest_rate: float, clip: float) -
             yield x
 
     return follow
+
+
+def koala_v(lr: float, weight_decay: float) -> TensorRecurrence:
+    """The Kalman filter of Davtyan et al., section 3, on L = 1 + sums of a/2 (x - c)^2, the problem of the tables."""
+    curvatures, centres = [[0.125, 0.25, 0.5, 1.0, 2.0, 4.0], [1.0, 2.0, 3.0] * 4], [0.3, 0.1]
+
+    def follow(x: Vectors, g: Callable[[int, Vectors], Vectors]) -> Iterator[Vectors]:
+        variance, noise, t = 1.0, 1.0, 0
+        while True:
+            t += 1
+            places = zip(x, curvatures, centres, strict=True)
+            loss = 1 + math.fsum(a * (v - c) ** 2 / 2 for w, b, c in places for v, a in zip(w, b, strict=True))
+            noise = 0.9 * noise + 0.1 * loss**2
+            variance += 1.0
+            after, ratios = [], []
+            for w, now in zip(x, g(t, x), strict=True):
+                h = [d + weight_decay * v for d, v in zip(now, w, strict=True)]
+                spread = variance * norm(h) ** 2 + noise
+                gain = variance / spread * (loss + weight_decay / 2 * norm(w) ** 2)
+                after.append([v - lr * gain * d for v, d in zip(w, h, strict=True)])
+                ratios.append(norm(h) ** 2 / spread)
+            variance -= variance**2 * max(ratios)
+            x = after
+            yield x
+
+    return follow

@@ -47,6 +47,18 @@ def torch_has(make: Callable[[Any], torch.optim.Optimizer]) -> Reference:
     return follow
 
 
+def package_has(name: str, *, over: Any = None, **options: Any) -> Reference:
+    """The reference is an optimizer of the package pytorch_optimizer, ``over`` a torch optimizer where it wraps."""
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        import pytorch_optimizer
+
+        kind = getattr(pytorch_optimizer, name)
+        return kind(over(params), **options) if over else kind(params, lr=LR, **options)
+
+    return torch_has(make)
+
+
 def authors(file: str, case: str) -> Reference:
     """The reference is a trajectory of the authors' own code, from reference/."""
 
@@ -135,8 +147,9 @@ class Row:
     Attributes:
         rule: its name in YAML.
         hyper: its hyper-parameters.
-        reference: what it must match at learning rate LR.
-        options: options of the engine, as the reference's weight decay.
+        reference: what it must match.
+        options: options of the engine, as the reference's weight decay; its learning rate where it is not LR.
+        also: a reference in another package that it equals, too.
         quadratic, rosenbrock: learning rates at which it must descend.
     """
 
@@ -144,6 +157,7 @@ class Row:
     hyper: dict[str, Any]
     reference: Reference
     options: dict[str, Any] = field(default_factory=dict)
+    also: Reference | None = None
     quadratic: float = 0.1
     rosenbrock: float = 0.05
 
@@ -152,10 +166,11 @@ class Row:
         shown = (f"{k}={v['name'] if isinstance(v, dict) else v}" for k, v in values.items())
         return " ".join([self.rule, *shown])
 
-    def make(self, params: Any, lr: float = LR, **options: Any) -> Engine:
-        """The row's optimizer."""
+    def make(self, params: Any, lr: float | None = None, **options: Any) -> Engine:
+        """The row's optimizer, at the learning rate of its reference."""
         kind = getattr(optimizers, available()[self.rule].__name__)
-        return kind(params, lr=lr, **self.hyper, **{**self.options, **options})
+        values = {"lr": LR, **self.hyper, **self.options, **options}
+        return kind(params, **(values if lr is None else values | {"lr": lr}))
 
     def descent(self, lr: float, steps: int) -> Callable[[list[nn.Parameter]], Engine]:
         """The row's optimizer without weight decay and with a linear decay, to converge."""
@@ -165,8 +180,10 @@ class Row:
 B = {"beta1": 0.9, "beta2": 0.99}
 BETAS = (0.9, 0.99)
 DECAY = {"weight_decay": 0.02}
+DECOUPLED = {"weight_decay": 0.02, "weight_decouple": True}
 SGD = {"quadratic": 0.05, "rosenbrock": 0.001}
 ADAM = {"name": "adam", **B}
+KALMAN = {**DECAY, "lr": 0.1}
 MOMENTUM = {"name": "sgd", "momentum": 0.9}
 T = torch.optim
 
@@ -185,7 +202,7 @@ ROWS = [
     Row("adam", B, torch_has(lambda p: T.Adam(p, LR, BETAS, weight_decay=0.02)), DECAY),
     Row("adam", {"eps": 1e-4}, torch_has(lambda p: T.Adam(p, LR, eps=1e-4))),
     Row("adamw", B, torch_has(lambda p: T.AdamW(p, LR, BETAS, weight_decay=0.02)), DECAY),
-    Row("adamax", {}, torch_has(lambda p: T.Adamax(p, LR)), rosenbrock=0.2),
+    Row("adamax", {}, torch_has(lambda p: T.Adamax(p, LR)), also=package_has("AdaMax"), rosenbrock=0.2),
     Row("adamax", B, torch_has(lambda p: T.Adamax(p, LR, BETAS, weight_decay=0.02)), DECAY),
     Row(
         "adam2k",
@@ -215,6 +232,7 @@ ROWS = [
         {**B, "variant": "torch"},
         torch_has(lambda p: AuthorsRAdam(p, idle=False)),
         {**DECAY, "weight_decay_mode": "decoupled"},
+        also=package_has("RAdam", betas=BETAS, **DECOUPLED, degenerated_to_sgd=True),
         rosenbrock=0.005,
     ),
     Row(
@@ -222,8 +240,15 @@ ROWS = [
         {**B, "variant": "authors"},
         torch_has(lambda p: AuthorsRAdam(p, idle=True)),
         DECAY,
+        also=package_has("RAdam", betas=BETAS, **DECOUPLED, degenerated_to_sgd=False),
     ),
-    Row("adan", {}, authors("adan", "adan, proximal decay"), DECAY),
+    Row(
+        "adan",
+        {},
+        authors("adan", "adan, proximal decay"),
+        DECAY,
+        also=package_has("Adan", betas=(0.98, 0.92, 0.99), weight_decay=0.02),
+    ),
     Row("adan", {}, authors("adan", "adan, no_prox"), {**DECAY, "weight_decay_mode": "decoupled"}),
     Row(
         "adan",
@@ -231,6 +256,8 @@ ROWS = [
         paper(recurrences.adan(LR, (0.98, 0.92, 0.99), 30, 0.02)),
         DECAY,
     ),
+    # Tensors as small as these stay in 32 bits; test_eight_bit.py has larger ones.
+    Row("eightbit", {"inner": ADAM}, torch_has(lambda p: T.Adam(p, LR, BETAS, weight_decay=0.02)), DECAY),
     # The averages themselves are compared with torch in test_averaging.py.
     Row(
         "iterateaveraging",
@@ -245,7 +272,12 @@ ROWS = [
         {"inner": ADAM, "kind": "ema", "beta": 0.9, "start": 3},
         torch_has(lambda p: T.Adam(p, LR, BETAS)),
     ),
-    Row("lookahead", {"inner": ADAM}, authors("lookahead", "lookahead of torch Adam")),
+    Row(
+        "lookahead",
+        {"inner": ADAM},
+        authors("lookahead", "lookahead of torch Adam"),
+        also=package_has("Lookahead", over=lambda p: T.Adam(p, LR, BETAS), k=5, alpha=0.8, pullback_momentum="none"),
+    ),
     Row(
         "lookahead",
         {"inner": MOMENTUM, "momentum": "reset"},
@@ -289,14 +321,26 @@ ROWS = [
         torch_has(lambda p: T.RMSprop(p, LR, 0.9, weight_decay=0.02, momentum=0.8, centered=True)),
         DECAY,
     ),
-    Row("lion", {}, paper(recurrences.lion(LR, 0.9, 0.99, 0.02)), DECAY),
+    Row(
+        "lion",
+        {},
+        paper(recurrences.lion(LR, 0.9, 0.99, 0.02)),
+        DECAY,
+        also=package_has("Lion", betas=BETAS, **DECOUPLED),
+    ),
     Row(
         "adabelief",
         {**B, "eps": 1e-8},
         authors("adabelief", "adabelief, no rectify, decoupled"),
         DECAY,
+        also=package_has("AdaBelief", betas=BETAS, eps=1e-8, **DECOUPLED, rectify=False),
     ),
-    Row("diffgrad", B, authors("diffgrad", "diffgrad, corrected")),
+    Row(
+        "diffgrad",
+        B,
+        authors("diffgrad", "diffgrad, corrected"),
+        also=package_has("DiffGrad", betas=BETAS, eps=1e-8),
+    ),
     Row(
         "diffgrad",
         {**B, "variant": "published"},
@@ -317,7 +361,14 @@ ROWS = [
         DECAY,
         rosenbrock=0.003,
     ),
-    Row("pnm", {}, authors("pnm", "pnm, decoupled decay"), DECAY, rosenbrock=0.0025),
+    Row(
+        "pnm",
+        {},
+        authors("pnm", "pnm, decoupled decay"),
+        DECAY,
+        also=package_has("PNM", betas=(0.9, 1.0), **DECOUPLED),
+        rosenbrock=0.0025,
+    ),
     Row("adapnm", B, authors("pnm", "adapnm, amsgrad, decoupled decay"), DECAY, rosenbrock=0.2),
     Row(
         "adapnm",
@@ -334,6 +385,7 @@ ROWS = [
         "generalizedsignsgd",
         {"beta2": 0.0, "eps": 0.0},
         paper(recurrences.sign_of_momentum(LR, 0.9)),
+        also=package_has("SignSGD", momentum=0.9),
     ),
     Row(
         "generalizedsignsgd",
@@ -346,15 +398,20 @@ ROWS = [
         "padam",
         {**B, "power": 0.2, "amsgrad": False},
         paper(recurrences.padam(LR, 0.9, 0.99, 0.2, False)),
+        also=package_has("PAdam", betas=BETAS, partial=0.2),
     ),
     Row("lars", {"trust": 0.05}, paper_of_tensors(recurrences.lars(LR, 0.9, 0.05, 0.02)), DECAY),
     Row("lamb", B, paper_of_tensors(recurrences.lamb(LR, 0.9, 0.99, 0.02)), DECAY),
+    Row("koalav", {"variant": "published"}, authors("koala", "koala-v"), KALMAN, quadratic=1.0, rosenbrock=1.0),
+    Row("koalav", {}, paper_of_tensors(recurrences.koala_v(0.1, 0.02)), KALMAN, quadratic=1.0, rosenbrock=1.0),
+    Row("koalam", {}, authors("koala", "koala-m"), KALMAN, quadratic=1.0, rosenbrock=1.0),
     # Torch's learning rate is also its largest rate, which 100 steps do not get below.
     Row(
         "adafactor",
         {"relative_step": False},
         torch_has(lambda p: T.Adafactor(p, LR)),
     ),
+    Row("adafactor", {}, package_has("AdaFactor", betas=(None, 0.999)), {"lr": 1.0}, quadratic=90.0, rosenbrock=90.0),
     Row(
         "adafactor",
         {"largest_rate": 0.3, "clip": 0.5},
