@@ -18,8 +18,8 @@ from analysis.theory import Floats
 from optimizers import Engine
 from optimizers.rule import Rule, available, describe, make
 
-MULTIPLES = tuple(10 ** (i / 2) for i in range(-4, 7))
-"""The grid of learning rates, the same for every rule: half-decades from 1/100 to 1000 times its published rate."""
+MULTIPLES = tuple(10 ** (i / 2) for i in range(-4, 8))
+"""The grid of learning rates, the same for every rule: half-decades from 1/100 to 3162 times its published rate."""
 
 FAR = 1e3
 """A run whose weights get further than this from the origin, or are no numbers, has diverged."""
@@ -63,7 +63,7 @@ LANDSCAPES = {
         lambda x, y: (-2 * (1 - x) - 400 * x * (y - x * x), 200 * (y - x * x)),
         (-1.2, 1.0),
         ((1.0, 1.0),),
-        (-1.9, 1.9, -0.8, 2.24),
+        (-2.2, 2.4, -1.0, 5.0),
     ),
     # A thousandth off the ridge x = 0, on which the gradient leads into the saddle at the origin.
     "saddle": Landscape(
