@@ -16,9 +16,9 @@
 # each moves.
 #
 # **The learning rate** is chosen alike for all: of twelve, half-decades from 1/100 to 3162 times the rule's
-# published rate, the one whose run ends at the lowest value. The grid is coarse, so a rule whose useful rates are a
-# narrow range (plain SGD in the ravine) can miss its best by up to a factor of 1.8, and rules must not be ranked by
-# these numbers.
+# published rate, the one whose run ends at the lowest value. The grid is coarse, so a rule whose useful rates are
+# a narrow range (plain SGD in the ravine) can miss its best by up to a factor of 1.8, and rules must not be ranked
+# by these numbers.
 
 # %%
 from itertools import cycle
@@ -46,8 +46,8 @@ SEARCHES = {
 
 
 def trajectories(name):
-    """A panel a rule: the best path of its search. Table: family, rule, lr, step, x, y, value, and where these are not
-    the weights that are evaluated, those that are trained."""
+    """A panel a rule: the best path of its search. Table: family, rule, lr, step, x, y, value; trained_x and trained_y
+    where the weights that are trained are not those that are evaluated."""
     landscape = LANDSCAPES[name]
     left, right, bottom, top = landscape.window
     x, y = np.meshgrid(np.linspace(left, right, 161), np.linspace(bottom, top, 161))
@@ -89,11 +89,11 @@ def trajectories(name):
 # %% [markdown]
 # ## A ravine that no axis follows
 #
-# Curvature .08 along and 8 across, turned so that both coordinates carry both. Plain SGD may take no rate above .25,
-# so it falls to the floor at once and then creeps; momentum swings from wall to wall and arrives. Rules that scale
-# each coordinate, which help where the axes are those of the function, have no axis to scale here: most of them move
-# along the diagonals (the sign of the gradient) at first. Dots are steps; where the weights that are trained
-# are not those that are evaluated (Lookahead, averages) they are the thin line.
+# Curvature .08 along and 8 across, turned so that both coordinates carry both. Plain SGD may take no rate above
+# .25, so it falls to the floor at once and then creeps; momentum swings from wall to wall and arrives. Rules that
+# scale each coordinate, which help where the axes are those of the function, have no axis to scale here: most of
+# them move along the diagonals (the sign of the gradient) at first. Dots are steps; where the weights that are
+# trained are not those that are evaluated (Lookahead, averages) they are the thin line.
 #
 # In every picture: Adam and AdamW are the same without weight decay, and Adam2k stands still, since it spends its
 # first 2000 steps on its second moment.
@@ -104,13 +104,12 @@ save(*trajectories("ravine"), FOLDER, "rules_in_a_ravine")
 # %% [markdown]
 # ## Rosenbrock's valley
 #
-# At the start the gradient is some 230 long, 500 times what it is in the valley. The first step of SGD is
-# proportional to that, so its rate must be small, and it is slow ever after. A rule with a normalised step takes
-# the same first step as any other, and the averages of what it saw first (Adam's $v$, Adagrad's sum) do the
-# damping. RAdam shows what its first four steps are: momentum steps without a second moment, whose rate the large
-# gradient bounds as it bounds SGD's. Larger rates diverge there, and at the rate that is left its adaptive steps
-# hardly move; the published 1/1000 was not made for gradients of this size. The average over all steps lags: it
-# still holds the start.
+# At the start the gradient is 233 long, at the origin, on the valley's floor, 2. The step of SGD is proportional
+# to it, so that the start bounds the rate, and the floor is slow. Adam's first step is as long as its rate,
+# whatever the gradient; its relatives overshoot with the large rate that the floor needs, and are on the floor
+# some tens of steps later. RAdam shows what its first four steps are: momentum steps without a second moment,
+# whose rate the large gradient bounds as it bounds SGD's. At higher rates they end higher or diverge, and at the
+# rate that is left its adaptive steps hardly move. The average over all steps lags: it still holds the start.
 
 # %%
 save(*trajectories("rosenbrock"), FOLDER, "rules_on_rosenbrock")
@@ -119,13 +118,13 @@ save(*trajectories("rosenbrock"), FOLDER, "rules_on_rosenbrock")
 # ## Past a saddle
 #
 # The start is 1/1000 off the ridge $x = 0$, where the gradient points into the saddle at the origin. Rules whose
-# direction is the gradient, or the gradient over its norm, or over the norm of its tensor (SGD, normalised SGD, LARS)
-# first fall into the saddle, and leave along $x$ only as fast as the thousandth grows; PNM has not left in 100 steps.
-# Rules that scale each coordinate by its own history (Adam and most of its family, the signs, and LAMB, whose
-# direction is Adam's) give the tiny $x$ a full step at once and never come near it. Padam, whose power 1/8
-# lies between the two, falls like SGD before it turns, and so does RAdam in its first steps. Which of the two minima is
-# reached is decided by the sign of the start's $x$, but for a rule that jumps over (ACProp, whose first step is divided by
-# almost nothing).
+# direction is the gradient, or the gradient over its norm, or over the norm of its tensor (SGD, normalised SGD,
+# LARS) first fall into the saddle, and leave along $x$ only as fast as the thousandth grows; PNM has not left in
+# 100 steps. Rules that scale each coordinate by its own history (Adam and most of its family, the signs, and LAMB,
+# whose direction is Adam's) give the tiny $x$ a full step at once and never come near it. Padam, whose power 1/8
+# of $v$ lies between SGD's 0 and Adam's 1/2, falls like SGD before it turns, and so does RAdam in its first steps.
+# Which of the two minima is reached is decided by the sign of the start's $x$, but for a rule that jumps over
+# (ACProp, whose third step divides a gradient that has grown by the small ones before it).
 
 # %%
 save(*trajectories("saddle"), FOLDER, "rules_at_a_saddle")
@@ -133,10 +132,11 @@ save(*trajectories("saddle"), FOLDER, "rules_at_a_saddle")
 # %% [markdown]
 # ## The whole grids
 #
-# The value at the end of every run, relative to the start. A square on the right edge says that an even
-# larger rate might end lower still. The published rates are made for networks and thousands of steps: on this scale
-# of a unit, in 100 steps, most per-coordinate rules want 10 to 1000 times theirs. Rules whose step grows with the
-# gradient diverge a few columns after their best; rules with a step of bounded length mostly do not diverge, they end high.
+# The value at the end of every run, relative to the start. A square on the right edge says that an even larger
+# rate might end lower still. The published rates are made for networks and thousands of steps: on this scale of a
+# unit, in 100 steps, most per-coordinate rules want 10 to 1000 times theirs. SGD, with or without momentum, and
+# PNM diverge within two columns of their best. Adam and Lion, whose steps are bounded, do not diverge on this
+# grid, nor does normalised SGD, which ends high instead.
 
 # %%
 ends = pd.DataFrame(
@@ -160,26 +160,29 @@ for ax, (name, part) in zip(axes, ends.groupby("landscape", sort=False)):
     ax.set_yticks(range(len(RULES)), RULES, size=7)
     ax.grid(False)
 figure.colorbar(image, ax=axes, label="log10 of value at the end / at the start (at least $-6$)", shrink=0.6)
-handles = [Line2D([], [], color=VERMILION, linestyle="", marker="x", label="diverged"),
-           Line2D([], [], color=BLACK, linestyle="", marker="s", mfc="none", markersize=8, label="drawn above")]  # fmt: skip
+handles = [
+    Line2D([], [], color=VERMILION, linestyle="", marker="x", label="diverged"),
+    Line2D([], [], color=BLACK, linestyle="", marker="s", mfc="none", markersize=8, label="drawn above"),
+]
 figure.legend(handles=handles, loc="outside upper center", ncols=2)
 save(figure, ends, FOLDER, "rules_and_rates")
 
 # %% [markdown]
 # ## Lookahead on a noisy quadratic
 #
-# $f(\theta) = \frac h2 (\theta - c)^2$ with a new $c \sim N(0, \sigma^2)$ at every step. SGD with rate $\gamma$ ends in
-# a stationary variance $V = \frac{\gamma h}{2 - \gamma h}\sigma^2$. Between two synchronisations the fast weights are
-# $a^k$ times the slow ones, $a = 1 - \gamma h$, plus noise of variance $(1 - a^{2k}) V$; so the slow weights' variance
-# $W$ solves $W = (1 - \alpha + \alpha a^k)^2 W + \alpha^2 (1 - a^{2k}) V$:
+# $f(\theta) = \frac h2 (\theta - c)^2$ with a new $c \sim N(0, \sigma^2)$ at every step. SGD with rate $\gamma$
+# ends in a stationary variance $V = \frac{\gamma h}{2 - \gamma h}\sigma^2$. Between two synchronisations the fast
+# weights are $a^k$ times the slow ones, $a = 1 - \gamma h$, plus noise of variance $(1 - a^{2k}) V$; so the slow
+# weights' variance $W$ solves $W = (1 - \alpha + \alpha a^k)^2 W + \alpha^2 (1 - a^{2k}) V$:
 #
 # $$\frac WV = \frac{\alpha\,(1 + a^k)}{2 - \alpha\,(1 - a^k)},$$
 #
 # which is Proposition 2 of Zhang et al. with a common factor cancelled. The points are the optimizer itself,
-# Lookahead over SGD, with 5000 independent chains (standard error 2 %), until what is left of its start is negligible.
-# Theory and points agree over the whole range. For small $\gamma h$ the reduction is $\alpha$ itself; once
-# $a^k \approx 0$ it is $\alpha / (2 - \alpha)$. Beyond $\gamma h = 1$ the fast weights jump over the minimum at every
-# step, so that $a^k$ is negative for an odd $k$, and pulling them back halves the swing; with an even $k$ it does not.
+# Lookahead over SGD, with 5000 independent chains (standard error 2 %), until what is left of its start is
+# negligible. Theory and points agree over the whole range. For small $\gamma h$ the reduction is $\alpha$ itself;
+# once $a^k \approx 0$ it is $\alpha / (2 - \alpha)$. Beyond $\gamma h = 1$ the fast weights jump over the minimum
+# at every step, so that $a^k$ is negative for an odd $k$ and the variance falls further; for an even $k$ it rises
+# again.
 
 # %%
 ALPHAS, KS, CHAINS = (0.2, 0.4, 0.6, 0.8, 1.0), (2, 5, 20), 5000
@@ -221,13 +224,14 @@ pd.Series({"points": len(error), "rms error in standard errors": np.sqrt((error*
 # A lower variance alone is no merit: SGD at a smaller rate has that too. Lookahead pays for it by contracting by
 # $1 - \alpha + \alpha a^k$ in $k$ steps, where SGD contracts by $a^k$. So compare with an SGD whose smaller rate
 # makes it as fast: in the same direction (left), or in a direction so flat that only the product $\alpha\gamma$
-# counts, which is what sets the pace where curvatures differ much (right).
-# In one direction Lookahead loses for $\gamma h < 1$: SGD at the smaller rate is as fast and has less variance, nearly the same for
-# small $k \gamma h$, 20 times less at $\gamma h = 1$ and $k = 20$. Against the flat direction Lookahead wins, by up to 39 % among
-# these settings: where the curvature is large its slow weights contract more slowly than SGD's at rate $\alpha\gamma$,
-# which does no harm as long as the flat direction sets the pace, and average more noise away. So the gain needs
-# different curvatures and is bounded; it is not the factor $\alpha$ of the figure before. (Closed forms; the one for
-# Lookahead is that simulated above.)
+# counts, which is what sets the pace where curvatures differ much (right). In one direction Lookahead loses for
+# $\gamma h < 1$: SGD at the smaller rate is as fast and has less variance, nearly the same for small $k \gamma h$,
+# 20 times less at $\gamma h = 1$ and $k = 20$. Against the flat direction Lookahead wins, by up to 39 % among
+# these settings: where the curvature is large its slow weights contract more slowly than SGD's at rate
+# $\alpha\gamma$, which does no harm as long as the flat direction sets the pace, and average more noise away. So
+# the gain needs different curvatures, and for $\gamma h < 1$ the ratio is never below 1/2, as $\frac{2 -
+# \alpha\gamma h}{2 - \gamma h} \ge 1$ and $\frac{1 + a^k}{2 - \alpha (1 - a^k)} \ge \frac12$ are its factors; it
+# is not the $\alpha$ of the figure before. (Closed forms; the one for Lookahead is that simulated above.)
 
 # %%
 rates = np.concatenate([np.linspace(0.01, 1, 100), RATES])
