@@ -25,7 +25,7 @@ class LAMB(Rule):
 
     paper: ClassVar[str] = "You et al. 2020, arXiv 1904.00962"
     family: ClassVar[str] = "layerwise"
-    published_lr: ClassVar[float] = 1.76e-3  # paper, for batches of 4096: 5 / (2^1.5 * 1000)
+    published_lr: ClassVar[float] = 1.76e-3  # recalled of the paper (batches of 4096), not verified
     weight_decay_mode: ClassVar[WeightDecayMode] = "internal"
     momentum_state: ClassVar[tuple[str, ...]] = ("m",)
     elementwise: ClassVar[bool] = False

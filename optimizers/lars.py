@@ -25,7 +25,7 @@ class LARS(Rule):
 
     paper: ClassVar[str] = "You et al. 2017, arXiv 1708.03888"
     family: ClassVar[str] = "layerwise"
-    published_lr: ClassVar[float] = 2.0  # paper, for AlexNet with batch norm and batches of 512
+    published_lr: ClassVar[float] = 2.0  # recalled of the paper (AlexNet with batch norm, batches of 512), not verified
     weight_decay_mode: ClassVar[WeightDecayMode] = "internal"
     momentum_state: ClassVar[tuple[str, ...]] = ("b",)
     elementwise: ClassVar[bool] = False
