@@ -22,7 +22,7 @@ class IterateAveraging(Wrapper):
     with decoupled decay GadamX, over SGD the average of SWA; the papers average once an epoch, so ``every``
     is an epoch's number of steps and ``start`` the first epoch's end that counts. As torch's AveragedModel,
     with ``beta`` the decay of get_ema_multi_avg_fn, but that the average of parameters of half precision is
-    in float32. Statistics of batch norm are not re-estimated for the average.
+    in float32. Statistics of batch norm are the caller's to re-estimate for the average, as the runner does.
 
     Over Lookahead, the fast weights are averaged (they agree with the slow ones where ``every`` and ``start``
     are multiples of k); within Lookahead, evaluation is on Lookahead's slow weights.
