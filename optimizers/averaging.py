@@ -23,7 +23,8 @@ class IterateAveraging(Wrapper):
     is an epoch's number of steps and ``start`` the first epoch's end that counts. The average of the last n
     checkpoints, ``every`` steps apart, of a run of T steps (as in papers on translation) has start = T - (n - 1)
     every. As torch's AveragedModel, with ``beta`` the decay of get_ema_multi_avg_fn, but that the average of
-    parameters of half precision is in float32. Statistics of batch norm are not re-estimated for the average.
+    parameters of half precision is in float32. Statistics of batch norm are the caller's to re-estimate for the
+    average, as the runner does.
 
     Over Lookahead, the fast weights are averaged (they agree with the slow ones where ``every`` and ``start``
     are multiples of k); within Lookahead, evaluation is on Lookahead's slow weights.

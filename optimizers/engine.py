@@ -289,9 +289,10 @@ class Engine(torch.optim.Optimizer):
         return flat
 
     @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
+    def evaluation_weights(self) -> Iterator[bool]:
         """Within this context the parameters hold the weights to evaluate (Lookahead's slow weights, an
-        average); afterwards they are again what they were, to the bit."""
+        average); afterwards they are again what they were, to the bit. Says whether there are such weights:
+        statistics that a model keeps of its own (BatchNorm) are still those of the other ones then."""
         saved: list[tuple[Tensor, Tensor]] = []
         try:
             with torch.no_grad():
@@ -302,7 +303,7 @@ class Engine(torch.optim.Optimizer):
                         if weights is not None:
                             saved.append((p, p.clone()))
                             p.copy_(weights)
-            yield
+            yield bool(saved)
         finally:
             with torch.no_grad():
                 for p, value in saved:

@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from optimizers import decays, rule, warmups
 from optimizers.engine import Execution
 from optimizers.rule import NonNegative, Positive, Rule, WeightDecayMode
+from optimizers.scaling import SCALINGS, Scaling
 from tasks.task import Task
 from tasks.task import available as tasks_available
 
@@ -79,7 +80,8 @@ class Run:
     """One training run. Fields up to ``execution`` are its science; ``probes`` only says what is recorded.
 
     Attributes:
-        lr: peak learning rate; the rate of step t is lr * warmup(t) * decay(t).
+        lr: peak learning rate; the rate of step t is lr * warmup(t) * decay(t), times the scaling's factor for the
+            task's batch size (``peak_lr`` is the product of the two that do not depend on t).
         weight_decay_mode: None is the mode of the rule's authors (see optimizers.engine).
         weight_decay_on: all parameters, or matrices only (no biases, no norm layers: fewer than 2 dimensions).
         clip_norm: largest global gradient norm, None for no clipping.
@@ -101,6 +103,7 @@ class Run:
     clip_norm: Positive | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     execution: Execution = "flat"
+    scaling: Scaling = Scaling()
     probes: Probes = Probes()
 
     def __post_init__(self) -> None:
@@ -109,6 +112,13 @@ class Run:
                 f"{name_of(self.optimizer)} has its own warmup, so warmup must be none, not {name_of(self.warmup)}"
             )
         self.warmup.factor(torch.ones(1, dtype=torch.float64), self.optimizer.second_moment_beta)
+        if type(self.scaling) is not Scaling and not hasattr(self.task, "batch_size"):
+            raise ValueError(f"scaling {name_of(self.scaling)}: task {name_of(self.task)} has no batch_size")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak rate that the optimizer is given: lr, scaled for the task's batch size."""
+        return self.lr * self.scaling.factor(getattr(self.task, "batch_size", 1))
 
     @functools.cached_property
     def science(self) -> dict[str, Any]:
@@ -119,7 +129,8 @@ class Run:
             "warmup": plain(self.warmup),
             "decay": plain(self.decay),
             "task": plain(self.task),
-            "lr": self.lr,
+            # A scaling rule changes nothing but this: where its factor is 1 the run is the one without it.
+            "lr": self.peak_lr,
             "seed": self.seed,
             "steps": self.steps,
             "weight_decay": self.weight_decay,
@@ -141,18 +152,27 @@ class Run:
         return dataclasses.replace(self, **changes)
 
 
-def name_of(thing: Rule | warmups.Warmup | decays.Decay | Task) -> str:
-    """The name by which YAML knows an optimizer, warmup, decay or task."""
+TABLES: dict[str, dict[str, Any]] = {
+    "warmup": dict(warmups.WARMUPS),
+    "decay": dict(decays.DECAYS),
+    "scaling": dict(SCALINGS),
+}
+"""What a run is composed of beside its optimizer and task, by group of conf/ and name."""
+
+Part = Rule | warmups.Warmup | decays.Decay | Scaling | Task
+
+
+def name_of(thing: Part) -> str:
+    """The name by which YAML knows a part of a run."""
     if isinstance(thing, Rule):
         return type(thing).__name__.lower()
     if isinstance(thing, Task):
         return type(thing).__module__.rpartition(".")[2]
-    table: dict[str, type] = {**warmups.WARMUPS} if isinstance(thing, warmups.Warmup) else {**decays.DECAYS}
-    return next(name for name, kind in table.items() if kind is type(thing))
+    return next(name for table in TABLES.values() for name, kind in table.items() if kind is type(thing))
 
 
-def plain(thing: Rule | warmups.Warmup | decays.Decay | Task) -> dict[str, Any]:
-    """Name, fields and revision of an optimizer, warmup, decay or task as plain JSON values."""
+def plain(thing: Part) -> dict[str, Any]:
+    """Name, fields and revision of a part of a run as plain JSON values."""
     values: dict[str, Any] = {"name": name_of(thing)}
     later = thing.later if isinstance(thing, Rule | Task) else ()
     for field in dataclasses.fields(thing):  # type: ignore[arg-type]
@@ -218,6 +238,8 @@ def compose_run(overrides: Sequence[str], where: str = "") -> tuple[Run, Place]:
 def from_config(config: DictConfig) -> tuple[Run, Place]:
     """As ``compose_run``, from a config that Hydra has composed."""
     try:
+        for key in sorted(OmegaConf.missing_keys(config)):
+            raise UserError(f"{key}: a value is needed, as in {key}=...")
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(first_line(error)) from None
@@ -226,9 +248,11 @@ def from_config(config: DictConfig) -> tuple[Run, Place]:
     place_names = [f.name for f in dataclasses.fields(Place)]
     place = build(Place, {k: settings.pop(k) for k in place_names if k in settings}, "")
     settings["optimizer"] = _named(settings, "optimizer", rule.available())
-    settings["warmup"] = _named(settings, "warmup", warmups.WARMUPS)
-    settings["decay"] = _named(settings, "decay", decays.DECAYS)
     settings["task"] = _named(settings, "task", tasks_available())
+    needed = {f.name for f in dataclasses.fields(Run) if f.default is dataclasses.MISSING}
+    for group, table in TABLES.items():
+        if group in settings or group in needed:
+            settings[group] = _named(settings, group, table)
     settings["probes"] = build(Probes, settings.get("probes") or {}, "probes")
     if settings.get("steps") is None:
         settings["steps"] = settings["task"].steps

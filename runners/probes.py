@@ -67,7 +67,7 @@ class Recorder:
         if t in self.norm_steps:
             self.buffers["update_rms"][t - 1] = torch.nn.utils.get_total_norm(moved) / self.count**0.5
         if t in self.quantile_steps:
-            sizes = torch.cat([m.flatten() for m in moved]).abs() / self.run.lr
+            sizes = torch.cat([m.flatten() for m in moved]).abs() / self.run.peak_lr
             # torch.quantile refuses more than 2^24 elements: take order statistics instead.
             ranks = [round(q * (len(sizes) - 1)) for q in QUANTILES]
             self.buffers["quantiles"][t - 1] = sizes.sort().values[ranks]
@@ -84,7 +84,7 @@ class Recorder:
         """The recorded steps 1..last as tables: ``history``, one row a step, and one for each listed probe."""
         t = torch.arange(1, last + 1, dtype=torch.float64)
         warmup = self.run.warmup.factor(t, self.run.optimizer.second_moment_beta)
-        lr = self.run.lr * warmup * self.run.decay.factor(t, self.run.steps)
+        lr = self.run.peak_lr * warmup * self.run.decay.factor(t, self.run.steps)
         columns: dict[str, Any] = {"step": np.arange(1, last + 1), "lr": lr.numpy(), "warmup": warmup.numpy()}
         for name in ("loss", "gradient_norm", "update_rms"):
             columns[name] = self.buffers[name][:last].cpu().numpy()

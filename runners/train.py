@@ -24,6 +24,7 @@ import optimizers
 from optimizers.engine import Engine, engine_of
 from optimizers.rule import describe
 from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of
+from runners.forward import reestimated
 from runners.probes import Recorder
 from runners.store import Result, Store, write_whole
 from tasks.task import Task
@@ -99,7 +100,11 @@ def train(
     trained = time.perf_counter()
     metrics: dict[str, dict[str, float]] = {}
     if diverged is None:
-        with optimizer.evaluation_weights(), autocast:
+        with contextlib.ExitStack() as stack:
+            averaged = stack.enter_context(optimizer.evaluation_weights())
+            stack.enter_context(autocast)
+            if averaged:
+                stack.enter_context(reestimated(task, model, _stream(run.seed, "evaluation")))
             for split in ("validation", "test"):
                 values = task.evaluate(model, split)
                 metrics[split] = {name: float(value) for name, value in values.items()}
@@ -147,7 +152,7 @@ def make_optimizer(run: Run, model: nn.Module) -> Engine:
     kind = getattr(optimizers, type(run.optimizer).__name__, None) or engine_of(type(run.optimizer))
     return kind(
         [group for group in groups if group["params"]],
-        lr=run.lr,
+        lr=run.peak_lr,
         weight_decay=run.weight_decay,
         weight_decay_mode=run.weight_decay_mode,
         clip_norm=run.clip_norm,

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from optimizers import decays, rule, warmups
+from optimizers import decays, rule, scaling, warmups
 from runners.config import CONF, Place, Probes, Run, compose_run
 from runners.experiment import Design, load
 from tasks import task as tasks
 
 GROUPS: dict[str, dict[str, Any]] = {
     "optimizer": dict(rule.available()), "warmup": dict(warmups.WARMUPS), "decay": dict(decays.DECAYS),
-    "task": dict(tasks.available()),
+    "scaling": dict(scaling.SCALINGS), "task": dict(tasks.available()),
 }  # fmt: skip
 FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 DELIBERATE: dict[tuple[str, str], set[str]] = {
@@ -39,6 +39,12 @@ DELIBERATE: dict[tuple[str, str], set[str]] = {
     ("optimizer", "sgd"): {"momentum"},  # 0.9 is what everybody trains with; the class follows torch
 }
 BASES = {"rule", "wrapper"}
+NEEDED: dict[tuple[str, str], list[str]] = {
+    # What has no default and must be said.
+    ("scaling", "linear"): ["scaling.base=32"],
+    ("scaling", "sqrt"): ["scaling.base=32"],
+    ("scaling", "surge"): ["scaling.base=32", "scaling.noise=500"],
+}
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -49,7 +55,8 @@ def content(path: Path) -> dict[str, Any]:
 
 @cache
 def composed(path: Path) -> Run:
-    return compose_run([f"{path.parent.name}={path.stem}"])[0]
+    group, name = path.parent.name, path.stem
+    return compose_run([f"{group}={name}", *NEEDED.get((group, name), [])])[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from optimizers import decays, warmups
+from optimizers import decays, scaling, warmups
 from optimizers.adam import Adam
 from optimizers.radam import RAdam
 from optimizers.sgd import SGD
@@ -20,6 +20,9 @@ from tests.runners.conftest import tiny_run
 
 BAD: list[tuple[list[str], str]] = [
     # what is written, and what the line must say
+    (["scaling=linear"], "scaling.base: a value is needed, as in scaling.base=..."),
+    (["scaling=surge", "scaling.base=8", "scaling.noise=0"], "scaling (surge): noise: input should be greater than 0"),
+    (["scaling=squrt"], "scaling: 'squrt' is not known; did you mean 'sqrt'?"),
     (["optimizer.betta2=.9"], "unknown key 'optimizer.betta2'; did you mean 'beta2'?"),
     (["optmizer=adam"], "unknown key 'optmizer'; did you mean 'optimizer'?"),
     (["+foo=1"], "unknown key 'foo'; there are: clip_norm"),
@@ -115,6 +118,9 @@ SAME = [
     (["probes.norms=[1,2]", "probes.update_quantiles=default"], []),
     (["optimizer=lookahead"], ["optimizer=lookahead", "optimizer.inner.beta2=.999", "optimizer.k=5"]),
     (["optimizer=adam_eps"], ["optimizer=adam", "optimizer.eps=1e-4"]),
+    # A scaling rule is nothing but another rate.
+    (["scaling=linear", "scaling.base=16", "lr=.01"], ["lr=.04"]),
+    (["scaling=surge", "scaling.base=64", "scaling.noise=9"], []),
 ]
 
 
@@ -128,13 +134,27 @@ OTHER: dict[str, Any] = {
     "optimizer": RAdam(), "warmup": warmups.UntunedLinear(), "decay": decays.Cosine(),
     "task": tiny_run(task={"at": 1}).task, "lr": 0.02, "seed": 2, "steps": 31, "weight_decay": 0.2,
     "weight_decay_mode": "proximal", "weight_decay_on": "matrices", "clip_norm": 1.0,
-    "precision": "bfloat16", "execution": "eager",
+    "precision": "bfloat16", "execution": "eager", "scaling": scaling.Sqrt(base=8),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Run) if f.name != "probes"])
 def test_every_field_of_the_science_changes_the_id(field: str) -> None:
     assert BASE.replace(**{field: OTHER[field]}).id("data") != BASE.id("data")
+
+
+def test_ids_of_committed_runs_stay() -> None:
+    # As they were before runs had scaling and initialisation.
+    assert composed().id("data") == "3993eefb8e3034f5"
+    words = ["task=phrases_transformer", "optimizer=lookahead", "warmup=untuned_linear", "decay=cosine"]
+    assert composed(*words, "weight_decay=.1", "clip_norm=1").id("data") == "625daf8c926aadfa"
+
+
+def test_scaling_needs_a_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(type(BASE.task), "batch_size")
+    assert BASE.replace(seed=3).peak_lr == BASE.lr
+    with pytest.raises(ValueError, match="scaling linear: task tiny has no batch_size"):
+        BASE.replace(scaling=scaling.Linear(base=8))
 
 
 def test_data_and_revisions_change_the_id(monkeypatch: pytest.MonkeyPatch) -> None:

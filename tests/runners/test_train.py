@@ -1,5 +1,6 @@
 """One run: repeatable and resumable to the bit, honest about divergence and about what the optimizer used."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimizers import decays, warmups
 from optimizers.engine import Engine
 from optimizers.lookahead import Lookahead
 from optimizers.radam import RAdam
 from optimizers.sgd import SGD
+from runners import forward
 from runners import train as training
 from runners.config import Place, Run, compose_run
 from runners.experiment import value
 from runners.store import Result, Store
 from runners.train import Interrupted, make_optimizer
 from runners.worker import Job, carry_out
+from tasks.digits_resnet import DigitsResNet
 from tests.runners.conftest import tiny_run, trained
+from tests.runners.tiny import Tiny
 
 
 def same(one: Result, other: Result) -> None:
@@ -65,6 +69,86 @@ def test_repeated_or_resumed_it_is_the_same_to_the_bit(
     resumed = trained(run, store, checkpoint_every=3)
     assert resumed.summary["seconds"]["from_step"] == 8
     same(resumed, straight)
+
+
+# -- evaluation of averaged weights --------------------------------------------------------------------------
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def test_averaged_weights_are_evaluated_with_their_own_batch_norm_statistics(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by hand: the average is copied into a model of its own, torch's update_bn is run on it, and it is evaluated;
+    training's weights and statistics are untouched."""
+    monkeypatch.setattr(forward, "BATCHES", 5)
+    made: list[tuple[nn.Module, Engine]] = []
+    seen: list[dict[str, Tensor]] = []
+    make, evaluate = training.make_optimizer, DigitsResNet.evaluate
+
+    def keep(run: Run, model: nn.Module) -> Engine:
+        made.append((model, make(run, model)))
+        return made[-1][1]
+
+    def look(self: DigitsResNet, model: nn.Module, split: Any) -> dict[str, Tensor]:
+        seen.append(buffers_of(model))
+        return evaluate(self, model, split)
+
+    monkeypatch.setattr(training, "make_optimizer", keep)
+    monkeypatch.setattr(DigitsResNet, "evaluate", look)
+    run, without = (compose_run([*DIGITS, f"optimizer={name}", "lr=.1", "seed=2"])[0] for name in ("gadam", "adamw"))
+    result = trained(run, store)
+    trained(without, store)
+    (model, optimizer), (plain, _) = made
+    same_state = plain.state_dict()
+    assert all(torch.equal(value, same_state[name]) for name, value in model.state_dict().items())
+
+    copy = run.task.model()
+    copy.load_state_dict(model.state_dict())
+    for p, own in zip(copy.parameters(), model.parameters(), strict=True):
+        p.data.copy_(optimizer.state[own]["average"])
+    batches = itertools.islice(run.task.batches(training._stream(2, "evaluation")), 5)
+    torch.optim.swa_utils.update_bn([batch.images for batch in batches], copy)
+    for name, buffer in copy.named_buffers():
+        assert torch.equal(buffer, seen[0][name]) and torch.equal(buffer, seen[1][name]), name
+        assert not torch.equal(buffer, same_state[name]), name
+    assert result.summary["metrics"]["test"] == {k: float(v) for k, v in evaluate(run.task, copy, "test").items()}
+
+
+def test_without_an_average_or_batch_norm_nothing_is_estimated_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Any] = []
+    update = forward.update_bn
+    monkeypatch.setattr(forward, "update_bn", lambda *given: (called.append(given), update(*given)))
+    trained(tiny_run(), store)
+    assert not called
+    losses: list[Any] = []
+    loss = Tiny.loss
+    monkeypatch.setattr(Tiny, "loss", lambda self, *given: (losses.append(1), loss(self, *given))[1])
+    trained(tiny_run(optimizer=Lookahead()), store)
+    assert called and len(losses) == 30  # there is an average, but no layer that keeps statistics
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_estimating_anew_leaves_everything_as_it_was(precision: str) -> None:
+    run = compose_run([*DIGITS, f"precision={precision}"])[0]
+    run.task.prepare(torch.device("cpu"), None)
+    model = run.task.model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator, momenta = torch.get_rng_state(), [getattr(m, "momentum", None) for m in model.modules()]
+    with (
+        pytest.raises(KeyError),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+        forward.reestimated(run.task, model, 3),
+    ):
+        assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator) and all(m.training for m in model.modules())
+    assert [getattr(m, "momentum", None) for m in model.modules()] == momenta
 
 
 def test_another_seed_is_another_run(store: Store) -> None:

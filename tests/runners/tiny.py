@@ -24,6 +24,7 @@ class Tiny(Task):
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     steps: ClassVar[int] = 30
+    batch_size: ClassVar[int] = 16
 
     how: Literal["nothing", "nan", "inf", "huge", "weights", "raise"] = "nothing"
     at: int = 0
@@ -45,7 +46,7 @@ class Tiny(Task):
         t = start
         while True:
             t += 1
-            rows = torch.randint(0, 64, (16,), generator=generator(seed, t))
+            rows = torch.randint(0, 64, (self.batch_size,), generator=generator(seed, t))
             yield t, self.x[rows], self.y[rows]
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
