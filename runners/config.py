@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -27,6 +27,7 @@ from optimizers import decays, rule, warmups
 from optimizers.engine import Execution
 from optimizers.rule import NonNegative, Positive, Rule, WeightDecayMode
 from optimizers.scaling import SCALINGS, Scaling
+from runners.initialisations import INITIALISATIONS, Initialisation
 from tasks.task import Task
 from tasks.task import available as tasks_available
 
@@ -38,25 +39,32 @@ class UserError(Exception):
     """A mistake in a config, on the command line or of the machine, told in one line."""
 
 
+Steps = Literal["default", "all"] | tuple[Annotated[int, Field(ge=1)], ...]
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Probes:
     """What is measured beside loss, lr and warmup factor, and at which steps (counted from 1).
 
-    Each is ``default`` (the first 100 steps, then every 20th, and the last), or a list of steps, or [] for none.
+    Each is ``default`` (the first 100 steps, then every 20th, and the last), ``all``, a list of steps, or [] for none.
 
     Attributes:
         norms: global gradient norm (before clipping) and root mean square of the parameters' change.
+        l1_norms: sum of |gradient| over all coordinates (before clipping).
         update_quantiles: quantiles of |change of a parameter| / lr over all coordinates, lr the peak rate.
         gradient_histogram: histogram of log10 |gradient| over all coordinates.
     """
 
-    norms: Literal["default"] | tuple[Annotated[int, Field(ge=1)], ...] = "default"
-    update_quantiles: Literal["default"] | tuple[Annotated[int, Field(ge=1)], ...] = ()
-    gradient_histogram: Literal["default"] | tuple[Annotated[int, Field(ge=1)], ...] = ()
+    norms: Steps = "default"
+    l1_norms: Steps = ()
+    update_quantiles: Steps = ()
+    gradient_histogram: Steps = ()
 
     def steps(self, name: str, total: int) -> frozenset[int]:
         """The steps in 1..total at which a probe measures."""
         listed = getattr(self, name)
+        if listed == "all":
+            return frozenset(range(1, total + 1))
         if listed == "default":
             return frozenset(range(1, min(100, total) + 1)) | frozenset(range(20, total + 1, 20)) | {total}
         return frozenset(t for t in listed if t <= total)
@@ -77,7 +85,7 @@ class Probes:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class Run:
-    """One training run. Fields up to ``execution`` are its science; ``probes`` only says what is recorded.
+    """One training run. All fields are its science but ``probes``, which only says what is recorded.
 
     Attributes:
         lr: peak learning rate; the rate of step t is lr * warmup(t) * decay(t), times the scaling's factor for the
@@ -88,7 +96,11 @@ class Run:
         steps: budget in optimizer steps.
         precision: float32, or bfloat16 by autocast (parameters and optimizer state stay float32).
         execution: how the optimizer's step is run, see optimizers.engine.
+        scaling, initialisation: see optimizers.scaling and runners.initialisations.
+        later: as of a rule: fields that are left out of the id at their default.
     """
+
+    later: ClassVar[tuple[str, ...]] = ("initialisation",)
 
     optimizer: Rule
     warmup: warmups.Warmup
@@ -104,6 +116,7 @@ class Run:
     precision: Literal["float32", "bfloat16"] = "float32"
     execution: Execution = "flat"
     scaling: Scaling = Scaling()
+    initialisation: Initialisation = Initialisation()
     probes: Probes = Probes()
 
     def __post_init__(self) -> None:
@@ -117,13 +130,15 @@ class Run:
 
     @property
     def peak_lr(self) -> float:
-        """The peak rate that the optimizer is given: lr, scaled for the task's batch size."""
+        """The peak rate that the optimizer is given: lr, scaled for the task's batch size (in the unit of its own
+        ``batch_size``, a field or a property that needs no data)."""
         return self.lr * self.scaling.factor(getattr(self.task, "batch_size", 1))
 
     @functools.cached_property
     def science(self) -> dict[str, Any]:
         """All that decides the result, as plain typed values; the data's fingerprint apart."""
         mode = self.weight_decay_mode or self.optimizer.weight_decay_mode
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {
             "optimizer": plain(self.optimizer),
             "warmup": plain(self.warmup),
@@ -140,6 +155,7 @@ class Run:
             "clip_norm": self.clip_norm,
             "precision": self.precision,
             "execution": self.execution,
+            **{name: plain(getattr(self, name)) for name in self.later if getattr(self, name) != defaults[name]},
         }
 
     def id(self, fingerprint: str) -> str:
@@ -156,10 +172,11 @@ TABLES: dict[str, dict[str, Any]] = {
     "warmup": dict(warmups.WARMUPS),
     "decay": dict(decays.DECAYS),
     "scaling": dict(SCALINGS),
+    "initialisation": dict(INITIALISATIONS),
 }
 """What a run is composed of beside its optimizer and task, by group of conf/ and name."""
 
-Part = Rule | warmups.Warmup | decays.Decay | Scaling | Task
+Part = Rule | warmups.Warmup | decays.Decay | Scaling | Initialisation | Task
 
 
 def name_of(thing: Part) -> str:

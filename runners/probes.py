@@ -26,6 +26,7 @@ class Recorder:
         self.count = sum(p.numel() for p in self.parameters)
         probes, n = run.probes, run.steps
         self.norm_steps = probes.steps("norms", n)
+        self.l1_steps = probes.steps("l1_norms", n)
         self.quantile_steps = probes.steps("update_quantiles", n)
         self.histogram_steps = probes.steps("gradient_histogram", n)
 
@@ -33,6 +34,8 @@ class Recorder:
             return torch.full((n, *width), torch.nan, device=device, dtype=torch.float32)
 
         self.buffers = {name: column() for name in ("loss", "gradient_norm", "update_rms")}
+        if self.l1_steps:
+            self.buffers["gradient_l1"] = column()
         if self.quantile_steps:
             self.buffers["quantiles"] = column(len(QUANTILES))
         if self.histogram_steps:
@@ -46,6 +49,8 @@ class Recorder:
         self.buffers["loss"][t - 1] = loss.detach()
         if t in self.norm_steps:
             self.buffers["gradient_norm"][t - 1] = torch.nn.utils.get_total_norm(self._gradients())
+        if t in self.l1_steps:
+            self.buffers["gradient_l1"][t - 1] = torch.nn.utils.get_total_norm(self._gradients(), 1.0)
         if t in self.histogram_steps:
             logs = torch.cat([g.flatten() for g in self._gradients()]).abs().log10()
             edges = BINS.to(logs)
@@ -86,7 +91,7 @@ class Recorder:
         warmup = self.run.warmup.factor(t, self.run.optimizer.second_moment_beta)
         lr = self.run.peak_lr * warmup * self.run.decay.factor(t, self.run.steps)
         columns: dict[str, Any] = {"step": np.arange(1, last + 1), "lr": lr.numpy(), "warmup": warmup.numpy()}
-        for name in ("loss", "gradient_norm", "update_rms"):
+        for name in ("loss", "gradient_norm", "update_rms", *(["gradient_l1"] if self.l1_steps else [])):
             columns[name] = self.buffers[name][:last].cpu().numpy()
         tables = {"history": pd.DataFrame(columns)}
         for steps, buffer, names in (

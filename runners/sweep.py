@@ -24,6 +24,7 @@ from runners import experiment as experiments
 from runners.collect import collect, restore
 from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of, plain
 from runners.experiment import Cell, Design
+from runners.refine import refined
 from runners.store import FINISHED, Damaged, Store
 from runners.train import make_optimizer, prepare
 from runners.worker import Job, Pool
@@ -41,6 +42,7 @@ class Sweep:
         self.fingerprints: dict[tuple[str, str], str] = {}
         known: dict[str, str] = {}
         for place_in_design, run in design.base.items():
+            design.base[place_in_design] = refined(run, store)
             key = str(plain(run.task))  # an arm may change a field of the task
             if key not in known:
                 prepare(run.task, place)

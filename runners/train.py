@@ -26,6 +26,7 @@ from optimizers.rule import describe
 from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of
 from runners.forward import reestimated
 from runners.probes import Recorder
+from runners.refine import refined
 from runners.store import Result, Store, write_whole
 from tasks.task import Task
 
@@ -57,17 +58,24 @@ def train(
 
     Raises:
         Interrupted: out of ``progress``, after a checkpoint was written if checkpoints are on.
+        UserError: if the run's decay is refined from a run that is not there.
     """
     started = time.perf_counter()
     run_id = run.id(task.fingerprint())
+    run = refined(run, store)
     torch.manual_seed(run.seed)
     model = task.model()
-    # A stream of its own for dropout, so that an arm that draws more numbers at initialisation changes nothing.
-    torch.manual_seed(_stream(run.seed, "training"))
     optimizer = make_optimizer(run, model)
     recorder = Recorder(run, model, device)
     checkpoint = Checkpoint(store.checkpoint(run_id), model, optimizer, recorder)
     first = saved = checkpoint.load() if checkpoint_every else 0
+    initialising = time.perf_counter()
+    if not first:
+        seed = _stream(run.seed, "initialisation")
+        run.initialisation.apply(task, model, seed, run.optimizer, run.peak_lr)
+        # A stream of its own for dropout, so that an arm that draws more numbers at initialisation changes nothing.
+        torch.manual_seed(_stream(run.seed, "training"))
+    initialised = time.perf_counter()
     bound = DIVERGED_ABOVE * task.initial_loss
     diverged: int | None = None
     batches = task.batches(run.seed, start=first)
@@ -124,7 +132,12 @@ def train(
         "metrics": metrics,
         "steps": run.steps,
         "probes": vars_of(run.probes),
-        "seconds": {"train": trained - started, "evaluate": ended - trained, "from_step": first},
+        "seconds": {
+            "train": trained - started,
+            "initialise": initialised - initialising,  # in "train" too
+            "evaluate": ended - trained,
+            "from_step": first,
+        },
         "environment": environment(device),
     }
     config = {**run.science, "probes": vars_of(run.probes)}

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 from optimizers import decays, rule, scaling, warmups
 from runners.config import CONF, Place, Probes, Run, compose_run
 from runners.experiment import Design, load
+from runners.initialisations import INITIALISATIONS
 from tasks import task as tasks
 
 GROUPS: dict[str, dict[str, Any]] = {
     "optimizer": dict(rule.available()), "warmup": dict(warmups.WARMUPS), "decay": dict(decays.DECAYS),
-    "scaling": dict(scaling.SCALINGS), "task": dict(tasks.available()),
+    "scaling": dict(scaling.SCALINGS), "initialisation": dict(INITIALISATIONS), "task": dict(tasks.available()),
 }  # fmt: skip
 FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 DELIBERATE: dict[tuple[str, str], set[str]] = {
@@ -41,6 +42,7 @@ DELIBERATE: dict[tuple[str, str], set[str]] = {
 BASES = {"rule", "wrapper"}
 NEEDED: dict[tuple[str, str], list[str]] = {
     # What has no default and must be said.
+    ("decay", "refined"): ["decay.run=0123456789abcdef"],
     ("scaling", "linear"): ["scaling.base=32"],
     ("scaling", "sqrt"): ["scaling.base=32"],
     ("scaling", "surge"): ["scaling.base=32", "scaling.noise=500"],

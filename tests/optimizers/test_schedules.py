@@ -1,6 +1,7 @@
 """Warmups and decays as functions, and the engine that multiplies the learning rate by them."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_decays() -> None:
 
 @exactly
 @given(budget=st.integers(1, 10**6), at=st.lists(st.floats(0.01, 0.99), max_size=4), gamma=st.floats(0.01, 1))
-@pytest.mark.parametrize("name", decays.DECAYS)
+@pytest.mark.parametrize("name", [name for name in decays.DECAYS if name != "refined"])
 def test_decays_fall_from_1_and_never_rise_again(name: str, budget: int, at: list, gamma: float) -> None:
     values = {"milestones": {"at": tuple(at), "gamma": gamma}, "inverse_sqrt": {"tau": 10.0}}.get(name, {})
     decay = decays.make(name, **values)
@@ -117,6 +118,63 @@ def test_decays_fall_from_1_and_never_rise_again(name: str, budget: int, at: lis
     assert bool((factor.diff() <= 1e-12).all()) and bool((factor >= 0).all())
     if not at or name != "milestones" or budget > 100:
         assert factor[0] == 1
+
+
+def refined_by_hand(norms: list[float], power: int) -> list[float]:
+    """The recipe of Defazio et al. in plain Python."""
+    n = len(norms)
+    half = int(0.1 * n) // 2
+
+    def at(i: int) -> float:  # the first value to the left, mirrored at the last to the right
+        return norms[0 if i < 0 else i if i < n else 2 * (n - 1) - i]
+
+    smooth = [sorted(at(j) for j in range(i - half, i + half + 1))[half] for i in range(n)]
+    weights = [g**-power for g in smooth]
+    eta = [weights[i] * math.fsum(weights[i + 1 :]) for i in range(n)]
+    return [e / max(eta) for e in eta]
+
+
+def refined(norm: str, norms: list[float]) -> decays.Decay:
+    return decays.Refined(run="0" * 16, norm=norm).from_norms(norms)  # type: ignore[arg-type]
+
+
+@exactly
+@given(norms=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=90))
+@pytest.mark.parametrize(("norm", "power"), [("l1", 1), ("l2", 2)])
+def test_the_refined_decay_is_the_recipe(norm: str, power: int, norms: list[float]) -> None:
+    factor = refined(norm, norms).factor(steps(len(norms)), len(norms)).tolist()
+    assert factor == pytest.approx(refined_by_hand(norms, power), rel=1e-9, abs=1e-15)
+    assert max(factor) == 1 and factor[-1] == 0 and min(factor) >= 0
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_what_a_refined_decay_looks_like(norm: str) -> None:
+    n = 200
+    constant = refined(norm, [3.0] * n)
+    assert constant.factor(steps(n), n).tolist() == pytest.approx([(n - t) / (n - 1) for t in range(1, n + 1)])
+    # Another budget, its share counts: linear stays linear up to the resolution of a step; nothing comes after the end.
+    other = constant.factor(steps(520), 500)
+    assert other[:500].tolist() == pytest.approx([1 - t / 500 for t in range(1, 501)], abs=1 / n)
+    assert other[499:].abs().max() == 0 and other[0] == 1
+    assert constant.factor(at(100.0), 100).shape == () and constant.factor(steps(4).reshape(2, 2), 4).shape == (2, 2)
+    # Norms that fall give a warmup, norms that rise a faster fall than linear; a single spike is filtered out.
+    fall, rise = [n / t for t in range(1, n + 1)], [float(t) for t in range(1, n + 1)]
+    warm, fast = (refined(norm, norms).factor(steps(n), n) for norms in (fall, rise))
+    assert warm.argmax() > 0.3 * n and warm[0] < 0.1
+    assert fast[0] == 1 and fast[n // 2] < 0.1
+    spike = [1.0] * n
+    spike[50] = 1e3
+    assert torch.equal(refined(norm, spike).factor(steps(n), n), refined(norm, [1.0] * n).factor(steps(n), n))
+
+
+def test_a_refined_decay_travels_with_its_norms() -> None:
+    decay = refined("l2", [4.0, 3.0, 2.0, 1.0])
+    other = pickle.loads(pickle.dumps(decay))
+    assert torch.equal(other.factor(steps(4), 4), decay.factor(steps(4), 4)) and other == decay
+    assert not decays.Refined(run="0" * 16).known
+    for few in ([], [1.0], [1.0, 0.0], [1.0, math.nan], [1.0, math.inf]):
+        with pytest.raises(ValueError, match="2 or more gradient norms"):
+            refined("l1", few)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +191,8 @@ def test_decays_fall_from_1_and_never_rise_again(name: str, budget: int, at: lis
         (lambda: warmups.make("untuned_linear").factor(at(1), None), "this optimizer has none"),
         (lambda: decays.make("milestones", at=[1.5]), "less than 1"),
         (lambda: decays.make("milestones", at=["0.5"]), "valid number"),
+        (lambda: decays.make("refined", run="abc"), "match pattern"),
+        (lambda: decays.make("refined", run="a" * 16).factor(at(1), 9), "^the gradient norms of run a+ are not known"),
     ],
 )
 def test_mistakes(call, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from optimizers.radam import RAdam
 from optimizers.sgd import SGD
 from runners import run as run_app
 from runners.config import Place, Probes, Run, UserError, compose_run, from_config
+from runners.initialisations import GradInit
 from runners.train import prepare
 from tests.runners.conftest import tiny_run
 
@@ -23,6 +24,13 @@ BAD: list[tuple[list[str], str]] = [
     (["scaling=linear"], "scaling.base: a value is needed, as in scaling.base=..."),
     (["scaling=surge", "scaling.base=8", "scaling.noise=0"], "scaling (surge): noise: input should be greater than 0"),
     (["scaling=squrt"], "scaling: 'squrt' is not known; did you mean 'sqrt'?"),
+    (["decay=refined"], "decay.run: a value is needed"),
+    (["decay=refined", "decay.run=12"], "decay (refined): run: input should be a valid string (got 12)"),
+    (["decay=refined", "decay.run=my_run"], "decay (refined): run: string should match pattern"),
+    (
+        ["initialisation=gradinit", "initialisation.gamma=0"],
+        "initialisation (gradinit): gamma: input should be",
+    ),
     (["optimizer.betta2=.9"], "unknown key 'optimizer.betta2'; did you mean 'beta2'?"),
     (["optmizer=adam"], "unknown key 'optmizer'; did you mean 'optimizer'?"),
     (["+foo=1"], "unknown key 'foo'; there are: clip_norm"),
@@ -135,6 +143,7 @@ OTHER: dict[str, Any] = {
     "task": tiny_run(task={"at": 1}).task, "lr": 0.02, "seed": 2, "steps": 31, "weight_decay": 0.2,
     "weight_decay_mode": "proximal", "weight_decay_on": "matrices", "clip_norm": 1.0,
     "precision": "bfloat16", "execution": "eager", "scaling": scaling.Sqrt(base=8),
+    "initialisation": GradInit(),
 }  # fmt: skip
 
 
@@ -148,6 +157,12 @@ def test_ids_of_committed_runs_stay() -> None:
     assert composed().id("data") == "3993eefb8e3034f5"
     words = ["task=phrases_transformer", "optimizer=lookahead", "warmup=untuned_linear", "decay=cosine"]
     assert composed(*words, "weight_decay=.1", "clip_norm=1").id("data") == "625daf8c926aadfa"
+    assert Probes(**{"norms": "default", "update_quantiles": [], "gradient_histogram": []}).covers(Probes(), 300)
+
+
+def test_an_id_of_digits_alone_can_be_named() -> None:
+    decay = composed("decay=refined", "decay.run='0123456789012345'").decay
+    assert decay == decays.Refined(run="0123456789012345")
 
 
 def test_scaling_needs_a_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +220,11 @@ def test_the_default_listing() -> None:
     assert Probes().steps("norms", 30) == set(range(1, 31))
     assert Probes().steps("update_quantiles", 30) == set()
     assert Probes(norms=(3, 40)).steps("norms", 30) == {3}
+    assert Probes(norms="all").steps("norms", 250) == set(range(1, 251))
 
 
-LISTED = st.one_of(st.just("default"), st.lists(st.integers(1, 150), max_size=6).map(tuple))
-PROBES = st.builds(Probes, norms=LISTED, update_quantiles=LISTED, gradient_histogram=LISTED)
+LISTED = st.one_of(st.sampled_from(["default", "all"]), st.lists(st.integers(1, 150), max_size=6).map(tuple))
+PROBES = st.builds(Probes, norms=LISTED, l1_norms=LISTED, update_quantiles=LISTED, gradient_histogram=LISTED)
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -216,7 +232,7 @@ PROBES = st.builds(Probes, norms=LISTED, update_quantiles=LISTED, gradient_histo
 def test_the_union_of_probes_covers_both_and_nothing_more(a: Probes, b: Probes, total: int) -> None:
     both = a.with_those_of(b, total)
     assert both.covers(a, total) and both.covers(b, total) and a.covers(a, total)
-    for name in ("norms", "update_quantiles", "gradient_histogram"):
+    for name in ("norms", "l1_norms", "update_quantiles", "gradient_histogram"):
         assert both.steps(name, total) == a.steps(name, total) | b.steps(name, total)
     assert a.covers(b, total) == (a.with_those_of(b, total) == a)
 
