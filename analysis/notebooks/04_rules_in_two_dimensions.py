@@ -23,10 +23,12 @@
 # %%
 from itertools import cycle
 from math import ceil
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import landscapes
@@ -45,7 +47,7 @@ SEARCHES = {
 }
 
 
-def trajectories(name):
+def trajectories(name: str) -> tuple[Figure, pd.DataFrame]:
     """A panel a rule: the best path of its search. Table: family, rule, lr, step, x, y, value; trained_x and trained_y
     where the weights that are trained are not those that are evaluated."""
     landscape = LANDSCAPES[name]
@@ -81,7 +83,7 @@ def trajectories(name):
     handles = [Line2D([], [], color=colour, label=family) for family, colour in FAMILIES.items()]
     handles += [Line2D([], [], color=BLACK, linestyle="", marker="o", mfc="white", label="start"),
                 Line2D([], [], color=BLACK, linestyle="", marker="x", label="minimum"),
-                Line2D([], [], color=GREY, linestyle="", marker="D", mec=BLACK, label=f"end, step {STEPS}")]  # fmt: skip
+                Line2D([], [], color=GREY, linestyle="", marker="D", mec=BLACK, label=f"end, step {STEPS}")]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), title=landscape.formula)
     return figure, pd.concat(tables)
 
@@ -99,7 +101,8 @@ def trajectories(name):
 # first 2000 steps on its second moment.
 
 # %%
-save(*trajectories("ravine"), FOLDER, "rules_in_a_ravine")
+figure, table = trajectories("ravine")
+save(figure, table, FOLDER, "rules_in_a_ravine")
 
 # %% [markdown]
 # ## Rosenbrock's valley
@@ -112,7 +115,8 @@ save(*trajectories("ravine"), FOLDER, "rules_in_a_ravine")
 # rate that is left its adaptive steps hardly move. The average over all steps lags: it still holds the start.
 
 # %%
-save(*trajectories("rosenbrock"), FOLDER, "rules_on_rosenbrock")
+figure, table = trajectories("rosenbrock")
+save(figure, table, FOLDER, "rules_on_rosenbrock")
 
 # %% [markdown]
 # ## Past a saddle
@@ -127,7 +131,8 @@ save(*trajectories("rosenbrock"), FOLDER, "rules_on_rosenbrock")
 # (ACProp, whose third step divides a gradient that has grown by the small ones before it).
 
 # %%
-save(*trajectories("saddle"), FOLDER, "rules_at_a_saddle")
+figure, table = trajectories("saddle")
+save(figure, table, FOLDER, "rules_at_a_saddle")
 
 # %% [markdown]
 # ## The whole grids
@@ -187,11 +192,11 @@ save(figure, ends, FOLDER, "rules_and_rates")
 # %%
 ALPHAS, KS, CHAINS = (0.2, 0.4, 0.6, 0.8, 1.0), (2, 5, 20), 5000
 RATES = (0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 1.8)
-points = []
+runs = []
 for seed, (alpha, k) in enumerate((alpha, k) for alpha in ALPHAS for k in KS):
     slow = landscapes.simulate_lookahead(RATES, alpha, k, chains=CHAINS, seed=seed)
-    points.append(pd.DataFrame({"k": k, "alpha": alpha, "rate": RATES, "simulated": (slow**2).mean(axis=1)}))
-points = pd.concat(points)
+    runs.append(pd.DataFrame({"k": k, "alpha": alpha, "rate": RATES, "simulated": (slow**2).mean(axis=1)}))
+points = pd.concat(runs)
 fine = np.unique(np.concatenate([np.geomspace(0.03, 1.9, 60), RATES]))
 lines = pd.MultiIndex.from_product([KS, ALPHAS, fine], names=["k", "alpha", "rate"]).to_frame(index=False)
 lines["theory"] = landscapes.lookahead_variance(lines.rate, lines.alpha, lines.k)
@@ -235,25 +240,26 @@ pd.Series({"points": len(error), "rms error in standard errors": np.sqrt((error*
 
 # %%
 rates = np.concatenate([np.linspace(0.01, 1, 100), RATES])
-equal = pd.MultiIndex.from_product([KS, (0.2, 0.5, 0.8), np.unique(rates[rates <= 1])], names=["k", "alpha", "rate"])
-equal = equal.to_frame(index=False)
+cells = pd.MultiIndex.from_product([KS, (0.2, 0.5, 0.8), np.unique(rates[rates <= 1])], names=["k", "alpha", "rate"])
+equal = cells.to_frame(index=False)
 variance = landscapes.lookahead_variance(equal.rate, equal.alpha, equal.k)
 equal["same_direction"] = variance / landscapes.sgd_variance(landscapes.matched_rate(equal.rate, equal.alpha, equal.k))
 equal["flat_direction"] = variance / landscapes.sgd_variance(equal.alpha * equal.rate)
 
+DASHES: tuple[Literal[":", "--", "-"], ...] = (":", "--", "-")
 figure, axes = panels(columns=2, size=(3.4, 2.8))
 for ax, column in zip(axes, ("same_direction", "flat_direction")):
     for alpha, colour in zip((0.2, 0.5, 0.8), shades(3)):
-        for k, style in zip(KS, (":", "--", "-")):
+        for k, look in zip(KS, DASHES):
             part = equal[(equal.k == k) & (equal.alpha == alpha)]
-            ax.plot(part.rate, part[column], linestyle=style, color=colour)
+            ax.plot(part.rate, part[column], linestyle=look, color=colour)
     ax.axhline(1, color=BLACK, linewidth=0.8)
     ax.set(xlabel=r"$\gamma h$ of Lookahead", title=f"as fast in {'the same' if ax is axes[0] else 'a flat'} direction")
 axes[0].set(yscale="log", ylabel="variance / that of SGD")
 axes[0].set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
 axes[0].minorticks_off()
 handles = [Line2D([], [], color=colour, label=f"$\\alpha$ = {a}") for a, colour in zip((0.2, 0.5, 0.8), shades(3))]
-handles += [Line2D([], [], color=BLACK, linestyle=s, label=f"$k$ = {k}") for k, s in zip(KS, (":", "--", "-"))]
+handles += [Line2D([], [], color=BLACK, linestyle=look, label=f"$k$ = {k}") for k, look in zip(KS, DASHES)]
 figure.legend(handles=handles, loc="outside upper center", ncols=6, columnspacing=1)
 save(figure, equal, FOLDER, "lookahead_at_equal_speed")
 
