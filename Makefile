@@ -1,6 +1,10 @@
 # Type `make help`. Everything runs from a .venv that the first command fills from requirements.lock.
-EXPERIMENT ?= untuned_warmup_quick
 DEVICE     ?= auto
+# Where there is a GPU the papers' own data, else embedded tasks that need none.
+ifndef EXPERIMENT
+EXPERIMENT := $(if $(filter-out cpu,$(DEVICE)),$(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),untuned_warmup_short))
+EXPERIMENT := $(or $(EXPERIMENT),untuned_warmup_quick)
+endif
 WORKERS    ?=
 STORE      ?= runs
 PYTHON     ?= python3

@@ -25,7 +25,8 @@ class EightBit(Wrapper):
     elements stay in 32 bits, and so does the state of parameters that have ``full_precision_state = True``, as
     the stable embedding layer of the paper has (tasks/models/embedding.py); a deep copy of a parameter loses
     the mark. Only floating-point state of the parameter's own shape is encoded. As bitsandbytes, whose code for
-    the CPU misses the nearest entry now and then.
+    the CPU misses the nearest entry now and then, and as torchao, which wants sizes that are multiples of its block
+    of 256.
 
     Goes around a rule and within other wrappers, whose slow or averaged weights are no statistics that could be
     rounded: lookahead over eightbit over adam. Blocks are of one tensor, so tensors are never joined, and a

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -233,6 +234,30 @@ def test_every_execution_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch)
     assert equal(ends[0], ends[1])
     # Rounded to another entry where a value lies between two.
     assert difference(ends[0], ends[2]) < 1e-4
+
+
+def test_eight_bit_adam_follows_that_of_torchao() -> None:
+    with warnings.catch_warnings():  # its docstrings have escapes that Python is to refuse one day
+        warnings.simplefilter("ignore")
+        adam = pytest.importorskip("torchao.optim.adam", reason="torchao is not installed")
+        state = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit
+    torch.testing.assert_close(codebook(True), state.zeros((256,)).qmap, rtol=1e-6, atol=1e-7)
+    p = nn.Parameter(torch.randn(64, 68, generator=torch.Generator().manual_seed(0)))  # a multiple of 256, as it wants
+    theirs, full = p.detach().clone(), nn.Parameter(p.detach().clone())
+    m, v = state.zeros(p.shape, True, 256), state.zeros(p.shape, False, 256)
+    optimizer, exact = optimizers.EightBit([p], lr=0.01, block=256), torch.optim.Adam([full], lr=0.01)
+    before, lr = p.detach().clone(), torch.tensor(0.01)
+    for t in range(1, 101):
+        noise = torch.randn(64, 68, generator=torch.Generator().manual_seed(t))
+        p.grad, full.grad = p.detach() + noise, full.detach() + noise
+        # Its optimizer compiles this very function.
+        now = torch.tensor(float(t))
+        adam.single_param_adam(theirs, theirs + noise, now, m, v, None, lr, 0.9, 0.999, 0.0, 1e-8, False, False)
+        step(optimizer, 1.0)
+        exact.step()
+    moved = (full - before).norm()
+    assert (p - full).norm() < 0.02 * moved
+    assert (p - theirs).norm() < 1.5 * (theirs - full).norm() + 0.005 * moved
 
 
 def test_eight_bit_adam_follows_that_of_bitsandbytes_and_adam() -> None:
