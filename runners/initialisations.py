@@ -37,7 +37,7 @@ class GradInit(Initialisation):
     batches and S' the first of them and a third. Where |g| > gamma an iteration descends on |g| instead, which takes
     a second derivative. Both descents are Adam (.9, .999) on the scalars, each with its own moments, of gradients
     clipped to +-``clip``; that of the loss is divided by ``eta``. Without dropout, in the parameters' own precision,
-    BatchNorm by the batch, recurrent states from zero. An iteration costs about four to six training steps.
+    BatchNorm by the batch, recurrent states from zero. An iteration costs four to nine training steps.
 
     As the authors' code, where A[g] is a constant to the derivative; but there the loss is taken over two batches
     joined (here it is the mean of the two losses: BatchNorm, and means over tokens, see each batch apart), and the
