@@ -175,6 +175,8 @@ class Design:
         for arm in experiment.arms:
             values = [(c.lr, lookup(c)) for c in tuning if c.arm == arm]
             if any(summary is None for _, summary in values):
+                if reference is None:
+                    continue  # the others need not wait for it
                 return
             best[arm] = best_lr([(lr, s) for lr, s in values if s is not None])
         if reference is None:

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import math
 import warnings
 from typing import Any
@@ -79,39 +78,6 @@ def test_codes_are_the_nearest_entries(signed: bool, block: int) -> None:
     # What is encoded already stays as it is, but that -absmax, which has no entry, becomes 0.993 absmax.
     if not signed:
         assert torch.equal(encode(got, book, block)[0], codes)
-
-
-def moments() -> list[tuple[Tensor, Tensor]]:
-    """Moments of Adam as training leaves them: scales that differ by rows, and outliers."""
-    draw = torch.Generator().manual_seed(3)
-    out = []
-    for _ in range(2):
-        scale = torch.exp(torch.randn(128, 1, generator=draw))
-        g = scale * torch.randn(20, 128, 64, generator=draw)
-        out.append((g.mean(0) * 1e-3, g.square().mean(0) * 1e-6))
-    return out
-
-
-def errors(signed: Tensor, unsigned: Tensor, block: int | None) -> tuple[float, float]:
-    """Mean and 99.9th percentile of the error of Adam's update m / sqrt(v) from quantised moments."""
-    found = []
-    for m, v in moments():
-        m8, v8 = (
-            decode(*encode(x, book, block or x.numel()), book, block or x.numel())
-            for x, book in ((m, signed), (v, unsigned))
-        )
-        found.append((m8 / (v8.sqrt() + 1e-8) - m / (v.sqrt() + 1e-8)).abs().flatten())
-    error = torch.cat(found).sort().values
-    return error.mean().item(), error[int(0.999 * len(error))].item()
-
-
-def test_error_falls_from_linear_to_dynamic_to_blocks() -> None:
-    linear = (torch.linspace(-1, 1, 256), torch.linspace(0, 1, 256))
-    dynamic = (codebook(True), codebook(False))
-    arms = [errors(*linear, None), errors(*dynamic, None), errors(*dynamic, 2048), errors(*dynamic, 256)]
-    for coarse, fine in itertools.pairwise(arms):
-        assert fine[0] < coarse[0] and fine[1] <= coarse[1]
-    assert arms[0][0] > 1 and arms[2][0] < 0.02 and arms[2][1] < 0.2, arms
 
 
 def large(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -175,6 +175,8 @@ def test_without_a_reference_every_arm_is_tested_at_its_own_best_multiple(tmp_pa
     assert {(c.stage, c.arm, c.lr) for c in design.cells(lambda cell: None)} == {
         ("tuning", arm, lr) for arm, lrs in rates.items() for lr in lrs
     }
+    half = list(design.cells(lambda cell: finished(0.1) if cell.arm == "sgd" else None))
+    assert {(c.stage, c.arm, c.lr) for c in half if c.stage != "tuning"} == {("test", "sgd", 0.01)}  # waits for none
     best = {"sgd": 0.3, "warm": 0.0001}
     cells = list(design.cells(lambda cell: finished(0.1 if cell.lr == best[cell.arm] else 0.2)))
     after = [(c.stage, c.arm, c.lr, c.seed, c.run.lr) for c in cells if c.stage != "tuning"]
