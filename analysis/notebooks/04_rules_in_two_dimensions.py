@@ -37,7 +37,7 @@ from analysis.landscapes import LANDSCAPES, MULTIPLES
 from analysis.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, panels, shades
 
 torch.set_num_threads(1)
-FOLDER, STEPS, COLUMNS = results("theory"), 100, 7
+FOLDER, STEPS, COLUMNS = results("theory"), 100, 6
 RULES = landscapes.rules()
 FAMILIES = dict(zip(dict.fromkeys(rule.family for rule in RULES.values()),
                     cycle((BLUE, PURPLE, VERMILION, GREEN, ORANGE, SKY, GREY))))  # fmt: skip
@@ -54,7 +54,7 @@ def trajectories(name: str) -> tuple[Figure, pd.DataFrame]:
     left, right, bottom, top = landscape.window
     x, y = np.meshgrid(np.linspace(left, right, 161), np.linspace(bottom, top, 161))
     height = landscape.value(x, y)
-    figure, axes = panels(COLUMNS, ceil(len(RULES) / COLUMNS), size=(1.55, 1.6), share_x=True, share_y=True)
+    figure, axes = panels(COLUMNS, ceil(len(RULES) / COLUMNS), size=(1.75, 1.6), share_x=True, share_y=True)
     tables = []
     for ax, (rule, paths) in zip(axes, SEARCHES[name].items()):
         path, colour = landscapes.best(paths), FAMILIES[RULES[rule].family]
@@ -97,8 +97,9 @@ def trajectories(name: str) -> tuple[Figure, pd.DataFrame]:
 # them move along the diagonals (the sign of the gradient) at first. Dots are steps; where the weights that are
 # trained are not those that are evaluated (Lookahead, averages) they are the thin line.
 #
-# In every picture: Adam and AdamW are the same without weight decay, and Adam2k stands still, since it spends its
-# first 2000 steps on its second moment.
+# In every picture: Adam and AdamW are the same without weight decay, and EightBit is Adam, since two numbers stay in
+# 32 bits; Adam2k stands still, since it spends its first 2000 steps on its second moment. KOALA is told the value of
+# the function, whose least is 0 here, as it supposes.
 
 # %%
 figure, table = trajectories("ravine")

@@ -19,6 +19,7 @@
 # %%
 import pandas as pd
 from IPython.display import display
+from matplotlib.ticker import NullFormatter
 
 from analysis.figures import results, save
 from analysis.style import BLUE, GREEN, VERMILION, panels
@@ -32,7 +33,8 @@ if path.exists():
     for ax, (what, label), colour in zip(axes, names.items(), (BLUE, GREEN, VERMILION)):
         for kind, marker in (("mean", "o"), ("q999", "|")):
             ax.plot(table[f"{what}_{kind}"], range(len(table)), marker, color=colour, markersize=7)
-        ax.set(xscale="log", xlabel=f"{label}\n(dot: mean; bar: 99.9 %)")
+        ax.set(xscale="log", xlim=(None, None if what == "update" else 1.5), xlabel=f"{label}\n(dot: mean; bar: 99.9 %)")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(range(len(table)), table.code)
         ax.set_ylim(len(table) - 0.5, -0.5)
     display(save(figure, table, folder / "figures", "state_error"))

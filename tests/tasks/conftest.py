@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tasks.task import Task, available
-from tests.tasks.corpora import write_billion, write_text
+from tests.tasks.corpora import write_billion, write_parallel, write_text
 from tests.tasks.generated import write_image_folder, write_images
 
 TRANSLATION: dict[str, Any] = {
@@ -53,7 +53,9 @@ GENERATED: dict[str, Callable[[Path], None]] = {
     "cifar10_resnet": lambda root: write_images(root / "cifar10", "img", "label", classes=10),
     "emnist_mlp": lambda root: write_images(root / "emnist-digits", "image", "label", classes=10, grey=True),
     "imagenet_resnet": lambda root: write_image_folder(root / "imagenet", classes=4),
+    "iwslt14_transformer": lambda root: write_parallel(root / "iwslt14", "train", "valid", "test"),
     "mnist_mlp": lambda root: write_images(root / "mnist", "image", "label", classes=10, grey=True),
+    "multi30k_transformer": lambda root: write_parallel(root / "multi30k", "train", "val", "test"),
     "one_billion_word_lstm": lambda root: write_billion(root / "one_billion_word"),
     "ptb_lstm": lambda root: write_text(root / "ptb", "ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
     "wikitext_transformer": lambda root: write_text(root / "wikitext2", "train.txt", "valid.txt", "test.txt"),

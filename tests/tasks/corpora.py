@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from tasks import phrases_transformer
+
 WORDS = 37
 
 
@@ -36,3 +38,13 @@ def write_billion(folder: Path) -> None:
         f"{held_out}-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050",
     )
     (folder / f"{training}-monolingual.tokenized.shuffled/news.en-00002-of-00100").write_text(sentences(100, 4))
+
+
+def write_parallel(folder: Path, *names: str) -> None:
+    """German and English phrases of the embedded task, line by line, in files of these names and .de and .en."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = phrases_transformer.read()["train"]
+    for i, (name, count) in enumerate(zip(names, (1500, 60, 60), strict=True)):
+        part = pairs[2000 * i : 2000 * i + count]
+        (folder / f"{name}.de").write_text("".join(f"{pair.target}\n" for pair in part))
+        (folder / f"{name}.en").write_text("".join(f"{pair.source}\n" for pair in part))
