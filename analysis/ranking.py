@@ -26,14 +26,14 @@ def ranking(found: Results) -> pd.DataFrame:
     validation data with tuning seeds; validation (there); sensitivity: how much the grid loses on average to its own
     best (statistics.sensitivity), as a share of what lies between the task's worst value and the best arm's; test
     (mean over the test seeds), sd, low and high (over the seeds), n; rank (of ``test`` on its task) and mean_rank
-    (over the tasks); diverged and tried (runs, of tuning and test); step_ms: milliseconds a step of the
-    fastest run, model and optimizer together, and step_ratio: that over the arm ``adam``'s.
+    (over the tasks); diverged and tried (runs, of tuning and test); step_ms: milliseconds of a training step,
+    measured side by side (runners.timing), and step_ratio: that over the arm ``adam``'s.
 
     Raises:
         UserError: if a run of the design is missing, naming the command that makes it.
     """
     rows = [_row(found, task, arm) for task in found.experiment.tasks for arm in found.experiment.arms]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).merge(found.step_times[["task", "arm", "step_ms"]], how="left")
     sign = table.pop("higher").map({True: -1.0, False: 1.0})
     best = (sign * table.validation).groupby(table.task).transform("min")
     table["sensitivity"] /= sign * table.pop("worst") - best
@@ -57,7 +57,6 @@ def _row(found: Results, task: str, arm: str) -> dict[str, Any]:
     mean = tuning.groupby("lr").validation.mean()  # in order of lr, as plan.lrs
     lr = float(test.lr.iloc[0])
     at = int(np.argmin(np.abs(mean.index.to_numpy() / lr - 1)))
-    done = runs[runs.status == "done"]
     return {
         "task": task,
         "arm": arm,
@@ -76,15 +75,15 @@ def _row(found: Results, task: str, arm: str) -> dict[str, Any]:
         "n": len(test),
         "diverged": int((runs.status == "diverged").sum()),
         "tried": len(runs),
-        "step_ms": 1000 * (done.seconds / done.steps).min(),
     }
 
 
 def figure(found: Results) -> tuple[Figure, pd.DataFrame]:
     """The ranking as a picture: a line an arm, the best mean rank on top; and the table plotted.
 
-    First a panel a task with the test metric (dots are seeds, a bar their mean; hollow: the best rate was at an edge
-    of the grid); then, for all tasks, the sensitivity to the rate, the share of diverged runs and the time of a step.
+    First a panel a task with the test metric (dots are seeds; diamonds their mean, hollow where the best rate was at
+    an edge of the grid); then, for all tasks, the sensitivity to the rate, the share of diverged runs and the time
+    of a step.
     """
     table = ranking(found)
     tasks = list(found.experiment.tasks)
@@ -101,12 +100,11 @@ def figure(found: Results) -> tuple[Figure, pd.DataFrame]:
             part = of_task[of_task.at_edge == edge]
             ax.plot(part.test, part.index.map(y), "|", color=colour, markersize=9, markeredgewidth=1.6)
             ax.plot(part.test, part.index.map(y), "D", color=colour, markerfacecolor=face, markersize=4)
-        worst, better = float(tests.worst.iloc[0]), "higher" if tests.higher_is_better.iloc[0] else "lower"
-        ax.axvline(worst, color=GREY, linestyle="--", linewidth=0.8, zorder=1)
-        ax.set(title=task.replace("_", " "), xlabel=f"test {of_task.metric.iloc[0]} ({better} is better)")
+        better = "higher" if tests.higher_is_better.iloc[0] else "lower"
+        ax.set(title=task.replace("_", " "), xlabel=f"test {of_task.metric.iloc[0]}\n({better} is better)")
     for ax, column, label in zip(
         axes[len(tasks) :], ("sensitivity", "share_diverged", "step_ratio"),
-        ("sensitivity to the rate (share)", "share of runs diverged", f"time of a step / {LIKE}'s"), strict=True,
+        ("sensitivity to\nthe rate (share)", "share of runs\ndiverged", f"time of a step\n/ {LIKE}'s"), strict=True,
     ):  # fmt: skip
         values = table.diverged / table.tried if column == "share_diverged" else table[column]
         for shift, task in zip(np.linspace(-0.22, 0.22, len(tasks)), tasks, strict=True):
@@ -120,7 +118,6 @@ def figure(found: Results) -> tuple[Figure, pd.DataFrame]:
     handles += [
         Line2D([], [], color=GREY, marker="D", linestyle="", label="mean of the test seeds"),
         Line2D([], [], color=GREY, marker="D", markerfacecolor="white", linestyle="", label="best rate at an edge"),
-        Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="worst value of the task"),
     ]
     drawn.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return drawn, table

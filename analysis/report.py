@@ -155,8 +155,8 @@ _CURVE_NOTE = (
 _RANKING_NOTE = (
     "Test metric: mean ± sd over the test seeds at the rate that was best on validation data (edge: of the grid). "
     "Sensitivity: how much the grid loses on average to its own best, as a share of what lies between the worst value "
-    "and the best optimizer's, averaged over the tasks. Step: the time of a whole training step of the fastest run, by "
-    "task in the order of the columns."
+    "and the best optimizer's, averaged over the tasks. Step: the time of a whole training step, measured side "
+    "by side, by task in the order of the columns."
 )
 _OWN_NOTE = (
     "Secondary. Tuning each arm alone can remove the very effect under test, so no claim rests on this table: it "

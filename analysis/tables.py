@@ -49,6 +49,18 @@ class Results:
             raise UserError(f"{self.name} has no quantiles of updates: set probes.update_quantiles in it") from None
 
     @cached_property
+    def step_times(self) -> pd.DataFrame:
+        """One row a task and arm: task, arm, step_ms (see runners.timing).
+
+        Raises:
+            UserError: if they were not measured.
+        """
+        try:
+            return pd.read_csv(self.folder / "step_times.csv")
+        except FileNotFoundError:
+            raise UserError(f"{self.name} has no step_times.csv: make sweep EXPERIMENT={self.name}") from None
+
+    @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
         """The whole configuration of each run."""
         records = records_of(pq.read_schema(self.folder / CURVES))

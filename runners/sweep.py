@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,8 +25,10 @@ from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name
 from runners.experiment import Cell, Design
 from runners.refine import refined
 from runners.store import FINISHED, Damaged, Store
-from runners.train import make_optimizer, prepare
+from runners.timing import Stepper, write_step_times
+from runners.train import prepare
 from runners.worker import Job, Pool
+from tasks.task import Task
 
 TRIES = 2
 """How often a sweep starts a run whose worker process was killed."""
@@ -40,14 +41,14 @@ class Sweep:
         self.design, self.store, self.place, self.console = design, store, place, console
         self.device = place.torch_device()
         self.fingerprints: dict[tuple[str, str], str] = {}
-        known: dict[str, str] = {}
+        tasks: dict[str, Task] = {}
         for place_in_design, run in design.base.items():
-            design.base[place_in_design] = refined(run, store)
             key = str(plain(run.task))  # an arm may change a field of the task
-            if key not in known:
+            if key not in tasks:
                 prepare(run.task, place)
-                known[key] = run.task.fingerprint()
-            self.fingerprints[place_in_design] = known[key]
+                tasks[key] = run.task
+            design.base[place_in_design] = refined(run, store).replace(task=tasks[key])
+            self.fingerprints[place_in_design] = tasks[key].fingerprint()
         self._summaries: dict[str, dict[str, Any]] = {}
         self._ids: dict[tuple[str, str, float, int], str] = {}
 
@@ -106,7 +107,7 @@ class Sweep:
 
     def _timed(self, run: Run) -> float:
         try:
-            return time_steps(run) * run.steps
+            return Stepper(run).seconds(4) * run.steps
         except Exception as error:  # the worker that trains it will record what is wrong
             self.console.print(f"cannot time a step of {name_of(run.task)}: {first_line(error)}", style="red")
             return 0.0
@@ -241,23 +242,6 @@ class Display:
             self.console.print(f"{ended}/{total} runs in {_duration(elapsed)}: {counts}; {eta}", highlight=False)
 
 
-def time_steps(run: Run, steps: int = 4) -> float:
-    """Seconds of one training step, measured on a fresh model (its task must be prepared)."""
-    torch.manual_seed(0)
-    model = run.task.model()
-    optimizer = make_optimizer(run, model)
-    batches = run.task.batches(0)
-    for t in range(steps + 2):
-        if t == 2:  # the first steps allocate
-            started = time.perf_counter()
-        loss = run.task.loss(model, next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(loss=loss)
-    loss.item()
-    return (time.perf_counter() - started) / steps
-
-
 def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
     """The plan, for the console: arms x tasks x grid = runs, how many are done, the time for the rest."""
     experiment = sweep.design.experiment
@@ -353,6 +337,8 @@ def _command(words: argparse.Namespace, console: Console) -> None:
         sweep._summaries.clear()
         for path in damaged:
             console.print(f"{path} cannot be read: set aside, the run is made again")
+    if experiment.reference is None:
+        write_step_times(design, sweep.device, folder)
     ended = ", ".join(f"{n} {kind}" for kind, n in counts.items())
     console.print(f"trained now: {ended}; tables in {folder}")
     if counts["error"]:

@@ -123,8 +123,8 @@ save(figure, table, FOLDER, "rules_on_rosenbrock")
 # ## Past a saddle
 #
 # The start is 1/1000 off the ridge $x = 0$, where the gradient points into the saddle at the origin. Rules whose
-# direction is the gradient, or the gradient over a norm of it (SGD, normalised SGD, LARS, KOALA) first fall into the saddle, and leave along $x$ only as fast as the thousandth grows; PNM has not left in
-# 100 steps. Rules that scale each coordinate by its own history (Adam and most of its family, the signs, and LAMB,
+# direction is the gradient, or the gradient over a norm of it (SGD, normalised SGD, LARS, KOALA), first fall into
+# the saddle, and leave along $x$ only as fast as the thousandth grows; PNM has not left in 100 steps. Rules that scale each coordinate by its own history (Adam and most of its family, the signs, and LAMB,
 # whose direction is Adam's) give the tiny $x$ a full step at once and never come near it. Padam, whose power 1/8
 # of $v$ lies between SGD's 0 and Adam's 1/2, falls like SGD before it turns, and so does RAdam in its first steps.
 # Which of the two minima is reached is decided by the sign of the start's $x$, but for a rule that jumps over

@@ -1,0 +1,69 @@
+"""How long a training step takes: of one run, for a plan, and of all arms of an experiment side by side."""
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from runners.config import Run
+from runners.experiment import Design
+from runners.store import write_whole
+from runners.train import environment, make_optimizer
+
+STEP_TIMES = "step_times.csv"
+ROUNDS, STEPS = 6, 8
+
+
+class Stepper:
+    """A fresh model of a run (its task must be prepared) that takes training steps and does nothing else."""
+
+    def __init__(self, run: Run) -> None:
+        torch.manual_seed(0)
+        self.task = run.task
+        self.model = run.task.model()
+        self.optimizer = make_optimizer(run, self.model)
+        self.batches = run.task.batches(0)
+        self.seconds(2)  # the first steps allocate
+
+    def seconds(self, steps: int) -> float:
+        """Seconds of one step: the mean over some."""
+        batches = list(itertools.islice(self.batches, steps))
+        started = time.perf_counter()
+        for batch in batches:
+            loss = self.task.loss(self.model, batch)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step(loss=loss)
+        loss.item()  # waits for the device
+        return (time.perf_counter() - started) / steps
+
+
+def step_times(design: Design, device: torch.device) -> pd.DataFrame:
+    """Milliseconds of a step, model and optimizer together, of every arm on every task (they must be prepared).
+
+    All arms of a task take turns, a few steps each, and the fastest turn of each counts: what else the machine does
+    meanwhile, and whether it slows down, strikes all of them alike. Columns: task, arm, step_ms, and the device.
+    """
+    rows: list[dict[str, Any]] = []
+    for task in design.experiment.tasks:
+        steppers = {arm: Stepper(design.base[arm, task]) for arm in design.experiment.arms}
+        best = dict.fromkeys(steppers, float("inf"))
+        for _ in range(ROUNDS):
+            for arm, stepper in steppers.items():
+                best[arm] = min(best[arm], stepper.seconds(STEPS))
+        rows += [{"task": task, "arm": arm, "step_ms": 1000 * s} for arm, s in best.items()]
+    where = environment(device)
+    return pd.DataFrame(rows).assign(device_name=where["device_name"], torch=where["torch"])
+
+
+def write_step_times(design: Design, device: torch.device, folder: Path) -> None:
+    """Write ``step_times.csv`` unless every arm is in it already."""
+    path, wanted = folder / STEP_TIMES, {(arm, task) for arm, task in design.base}
+    if path.exists():
+        known = pd.read_csv(path)
+        if wanted <= set(zip(known.arm, known.task, strict=True)):
+            return
+    write_whole(path, step_times(design, device).to_csv(index=False, float_format="%.4g").encode())
