@@ -139,7 +139,10 @@ def text(table: pd.DataFrame) -> str:
     if outside:
         answer = f"No: on {' and '.join(outside)} they end apart by more than the noise of seeds explains."
     else:
-        answer = f"Within the noise of seeds, yes, on each of {len(table)} tasks."
+        answer = (
+            f"Within the noise of seeds, yes, on each of {len(table)} task{'s'[: len(table) - 1]}. "
+            "How large a difference might still hide in it, the half-width tells."
+        )
     machine = f"On {'; '.join(sorted(set(table.device_name)))}, torch {'; '.join(sorted(set(table.torch)))}."
     shown = readable(table).to_markdown(index=False, disable_numparse=True)
     parts = ["# Do runs of this project end where a plain torch loop ends?", answer, shown, NOTE, machine]
