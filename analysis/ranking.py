@@ -107,11 +107,12 @@ def figure(found: Results) -> tuple[Figure, pd.DataFrame]:
         ("sensitivity to\nthe rate (share)", "share of runs\ndiverged", f"time of a step\n/ {LIKE}'s"), strict=True,
     ):  # fmt: skip
         values = table.diverged / table.tried if column == "share_diverged" else table[column]
-        for shift, task in zip(np.linspace(-0.22, 0.22, len(tasks)), tasks, strict=True):
+        middle = (len(tasks) - 1) / 2
+        for shift, task in zip(0.2 * (np.arange(len(tasks)) - middle), tasks, strict=True):
             own = table.task == task
             ax.plot(values[own], table.arm[own].map(y) + shift, "o", color=colours[task], markersize=3.5)
         ax.set_xlabel(label)
-        ax.set_xlim(left=min(0.0, float(values.min())))
+        ax.set_xlim(0, 1.08 * float(values.max()) or 1)
     _lines(axes, arms)
     handles = [Line2D([], [], color=colours[task], marker="o", linestyle="", label=task.replace("_", " "))
                for task in tasks]  # fmt: skip
@@ -136,10 +137,9 @@ def _lines(axes: list[Axes], arms: list[str]) -> None:
 LIMITS = (
     "Every optimizer has the same number of rates and the same span around the rate its authors publish, chosen on "
     "validation data with other seeds than those of the test. So this shows what an optimizer gives out of the box and "
-    "after three trials, on three small tasks and short runs. It cannot rank neighbours: with {n} seeds the mean of an "
-    "arm is known to about ±{half:.2g} of its sd, neighbours change places with the seeds, "
-    "and one grid step is a factor of {step:g}, within which the best rate of one may be hit and of another missed. A "
-    "best rate at an edge of the grid may lie beyond it. It says nothing about long training, other sizes, tuned "
+    "after {trials} trials, on {tasks} small task{s} and short runs. It cannot rank neighbours: with {n} seeds the mean "
+    "of an arm is known to about ±{half:.2g} of its sd, neighbours change places with the seeds, and one grid step is a "
+    "factor of {step:g}, within which the best rate of one may be hit and of another missed. A best rate at an edge of the grid may lie beyond it. It says nothing about long training, other sizes, tuned "
     "momenta, warmups or weight decay."
 )
 
@@ -148,7 +148,11 @@ def limits(found: Results) -> str:
     """What the ranking can and cannot say at its size, in words."""
     plan = next(iter(found.experiment.tasks.values()))
     half = float(student.ppf(0.975, plan.test_seeds - 1)) / math.sqrt(plan.test_seeds)
-    return LIMITS.format(n=plan.test_seeds, half=half, step=plan.lrs[1] / plan.lrs[0] if len(plan.lrs) > 1 else 1)
+    tasks = len(found.experiment.tasks)
+    return LIMITS.format(
+        n=plan.test_seeds, half=half, step=plan.lrs[1] / plan.lrs[0] if len(plan.lrs) > 1 else 1,
+        trials=len(plan.lrs) * plan.tuning_seeds, tasks=tasks, s="s" if tasks > 1 else "",
+    )  # fmt: skip
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -159,7 +163,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         for one in own.itertuples():
             edge = ", edge" if one.at_edge else ""
             row[f"{one.task}: test {one.metric}"] = f"{one.test:.4g} ± {one.sd:.2g} (lr {one.lr:g}{edge})"
-        row["sensitivity"] = f"{own.sensitivity.mean():.2f}"
+        row["lr sensitivity (share)"] = f"{own.sensitivity.mean():.2f}"
         row["diverged"] = f"{own.diverged.sum()}/{own.tried.sum()}"
         row[f"step / {LIKE}'s"] = " ".join(f"{ratio:.2f}" for ratio in own.step_ratio)
         rows.append(row)

@@ -166,11 +166,12 @@ _OWN_NOTE = (
 
 def _measured(found: Results) -> str:
     runs = found.runs.drop_duplicates("run")
-    hours = runs.seconds.sum() / 3600
+    seconds = runs.seconds.sum()
+    spent = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     machine = "; ".join(sorted({f"{r.device_name} ({r.device}), torch {r.torch}" for r in runs.itertuples()}))
     arms = "; ".join(f"`{arm}`: {' '.join(words)}" for arm, words in found.experiment.arms.items())
     how = ", ".join([*sorted(runs.execution.unique()), *sorted(runs.precision.unique())])
-    return f"On {machine}; execution {how}; {hours:.1f} hours of training added up over all workers.\n\nArms: {arms}."
+    return f"On {machine}; execution {how}; {spent} of training added up over all workers.\n\nArms: {arms}."
 
 
 def _tasks(found: Results) -> pd.DataFrame:
@@ -186,7 +187,7 @@ def _tasks(found: Results) -> pd.DataFrame:
                 "better": "higher" if runs.higher_is_better.iloc[0] else "lower",
                 "worst": f"{runs.worst.iloc[0]:.3g}",
                 "steps": runs.steps.iloc[0],
-                "β2": ", ".join(f"{b:g}" for b in sorted(runs.beta2.dropna().unique())),
+                "β2 (where there is one)": ", ".join(f"{b:g}" for b in sorted(runs.beta2.dropna().unique())),
                 "lrs": found.experiment.grid(task),
                 "primary lr": f"{tested.lr.iloc[0]:g}" if tested.lr.nunique() == 1 else "",
                 "seeds": ", ".join(f"{n} {stage}" for stage, n in stages.items()),

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from optimizers.decays import Decay
-from optimizers.rule import HALF, WEIGHT_DECAY_MODES, Rule, Scalars, State, WeightDecayMode, describe
+from optimizers.rule import HALF, WEIGHT_DECAY_MODES, Rule, Scalars, State, WeightDecayMode, available, describe
 from optimizers.warmups import Warmup
 
 Execution = Literal["eager", "flat", "compiled"]
@@ -144,8 +144,13 @@ class Engine(torch.optim.Optimizer):
             where = ".".join(str(part) for part in first["loc"])
             problem = first["msg"].removeprefix("Value error, ")
             if first["type"] == "unexpected_keyword_argument":
-                known = ", ".join(f.name for f in dataclasses.fields(self.rule_type))
-                problem = f"unknown option {where!r}; there are: {known}"
+                kind = self.rule_type
+                *wrappers, _ = first["loc"]
+                for name in wrappers:  # "inner", once for each wrapper around it
+                    hyper = hyper[str(name)]
+                    kind = available()[hyper["name"]]
+                known = ", ".join(f.name for f in dataclasses.fields(kind))
+                problem = f"unknown option {where!r}; {kind.__name__} has: {known}"
             elif where:
                 problem = f"{where}: {problem}, got {first['input']!r}"
             raise ValueError(f"{self.rule_type.__name__}: {problem}") from None

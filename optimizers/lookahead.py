@@ -43,6 +43,8 @@ class Lookahead(Wrapper):
             raise ValueError(
                 f"momentum {self.momentum!r} needs the momentum's own values, which EightBit does not keep"
             )
+        if self.momentum != "keep" and not self.momentum_state:
+            raise ValueError(f"momentum {self.momentum!r}: {type(self.inner).__name__} names no momentum_state")
 
     def init(self, p: Tensor) -> State:
         state = self.inner.init(p)

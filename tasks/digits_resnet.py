@@ -109,7 +109,7 @@ class DigitsResNet(Task):
             logits = model(images[:, None, 1:-1, 1:-1])
             return {
                 "loss": F.cross_entropy(logits, labels),
-                "accuracy": (logits.argmax(1) == labels).to(logits.dtype).mean(),
+                "accuracy": (logits.argmax(1) == labels).to(torch.promote_types(logits.dtype, torch.float32)).mean(),
             }
 
     @property

@@ -151,7 +151,8 @@ def test_rules_say_rightly_which_state_is_never_negative(row: Any) -> None:
                     lowest[k] = min(lowest.get(k, math.inf), float(value.min()))
 
     run(optimizer, params, 1, 40, look)  # Adam2k has no momentum before
-    assert {k for k, value in lowest.items() if value >= 0} == set(rule.nonnegative_state) & set(lowest)
+    never = {k for k, value in lowest.items() if value >= 0}
+    assert never == set(rule.nonnegative_state) & set(lowest), f"declare nonnegative_state = {sorted(never)}"
 
 
 def test_state_has_a_quarter_of_the_bytes() -> None:

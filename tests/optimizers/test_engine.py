@@ -396,11 +396,11 @@ def make(name: str = "Adam", **options: Any) -> Engine:
         ("Adam", {"beta2": float("nan")}, r"Adam: beta2: .*, got nan"),
         ("Adam", {"beta1": -0.1}, r"Adam: beta1: Input should be greater than or equal to 0, got -0\.1"),
         ("Adam", {"betas": (0.9, 1.5)}, r"Adam: beta2: Input should be less than 1, got 1\.5"),
-        ("Adam", {"betas": (0.9, 0.99, 0.9)}, "Adam: unknown option 'beta3'; there are: beta1, beta2, eps"),
+        ("Adam", {"betas": (0.9, 0.99, 0.9)}, "Adam: unknown option 'beta3'; Adam has: beta1, beta2, eps"),
         ("Adam", {"eps": -1e-8}, r"Adam: eps: Input should be greater than or equal to 0, got -1e-08"),
         ("Adam", {"eps": float("inf")}, r"Adam: eps: Input should be a finite number, got inf"),
         ("Adam", {"beta2": "0.99"}, r"Adam: beta2: Input should be a valid number, got '0\.99'"),
-        ("Adam", {"amsgrad": True}, "Adam: unknown option 'amsgrad'; there are: beta1, beta2, eps"),
+        ("Adam", {"amsgrad": True}, "Adam: unknown option 'amsgrad'; Adam has: beta1, beta2, eps"),
         ("SGD", {"nesterov": True}, r"SGD: nesterov needs momentum > 0"),
         (
             "SGD",

@@ -16,8 +16,9 @@ INNER = [{"name": name} for name in available() if name != "lookahead"] + [
 @pytest.mark.parametrize("momentum", ["keep", "reset", "pullback", "pullback_authors"])
 @pytest.mark.parametrize("inner", INNER, ids=str)
 def test_runs_over_every_rule(inner: dict, momentum: str) -> None:
-    if inner["name"] == "eightbit" and momentum != "keep":
-        with pytest.raises(ValueError, match="needs the momentum's own values"):
+    if momentum != "keep" and not make(**inner).momentum_state:
+        says = "needs the momentum's own values" if inner["name"] == "eightbit" else "names no momentum_state$"
+        with pytest.raises(ValueError, match=says):
             make("lookahead", inner=inner, momentum=momentum)
         return
     params = start()
@@ -99,6 +100,10 @@ def test_may_not_wrap_itself() -> None:
         (
             {"inner": {"name": "adam", "beta2": 1.0}},
             r"^Lookahead: inner\.beta2: Input should be less than 1",
+        ),
+        (
+            {"inner": {"name": "eightbit", "inner": {"name": "lion", "beta3": 0.9}}},
+            r"^Lookahead: unknown option 'inner\.inner\.beta3'; Lion has: beta1, beta2$",
         ),
     ],
 )
