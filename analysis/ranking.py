@@ -136,10 +136,11 @@ def _lines(axes: list[Axes], arms: list[str]) -> None:
 
 LIMITS = (
     "Every optimizer has the same number of rates and the same span around the rate its authors publish, chosen on "
-    "validation data with other seeds than those of the test. So this shows what an optimizer gives out of the box and "
-    "after {trials} trials, on {tasks} small task{s} and short runs. It cannot rank neighbours: with {n} seeds the mean "
-    "of an arm is known to about ±{half:.2g} of its sd, neighbours change places with the seeds, and one grid step is a "
-    "factor of {step:g}, within which the best rate of one may be hit and of another missed. A best rate at an edge of the grid may lie beyond it. It says nothing about long training, other sizes, tuned "
+    "validation data with other seeds than those of the test. So this shows what an optimizer gives out of the box "
+    "and after {trials} trials, on {tasks} small task{s} and short runs. It cannot rank neighbours: with {n} seeds "
+    "the mean of an arm is known to about ±{half:.2g} of its sd, neighbours change places with the seeds, and one "
+    "grid step is a factor of {step:g}, within which the best rate of one may be hit and of another missed. A best "
+    "rate at an edge of the grid may lie beyond it. It says nothing about long training, other sizes, tuned "
     "momenta, warmups or weight decay."
 )
 

@@ -17,7 +17,7 @@ INNER = [{"name": name} for name in available() if name != "lookahead"] + [
 @pytest.mark.parametrize("inner", INNER, ids=str)
 def test_runs_over_every_rule(inner: dict, momentum: str) -> None:
     if momentum != "keep" and not make(**inner).momentum_state:
-        says = "needs the momentum's own values" if inner["name"] == "eightbit" else "names no momentum_state$"
+        says = "needs the momentum's own values" if inner["name"] == "eightbit" else "names no momentum_state"
         with pytest.raises(ValueError, match=says):
             make("lookahead", inner=inner, momentum=momentum)
         return
