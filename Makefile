@@ -16,7 +16,7 @@ TABLES  = results/$(EXPERIMENT)
 PLACE   = --device $(DEVICE) --store $(STORE) $(if $(WORKERS),--workers $(WORKERS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan status figures restore test lint format lock clean
+.PHONY: help setup sweep plan status figures collect restore test lint format lock clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ status: $(READY)  ## how far EXPERIMENT is
 
 figures: $(READY)  ## redraw every figure from the committed tables (trains nothing)
 	@$(BIN)/python -m analysis.run_notebooks
+
+collect: $(READY)  ## write what an unfinished sweep has so far into results/, to be committed
+	@$(SWEEP) collect $(EXPERIMENT) $(PLACE)
 
 restore: $(READY)  ## put the committed runs of EXPERIMENT into the store, to go on from them
 	@$(SWEEP) restore $(EXPERIMENT) --store $(STORE)

@@ -27,8 +27,11 @@ RECORDS = b"untuned.records"
 CURVES = "curves.parquet"
 
 
-def collect(design: Design, cells: Iterable[tuple[Cell, str]], store: Store, folder: Path) -> list[str]:
-    """Write an experiment's tables from the store; cells come with their run's id.
+def collect(
+    design: Design, cells: Iterable[tuple[Cell, str]], store: Store, folder: Path, whole: bool = True
+) -> list[str]:
+    """Write an experiment's tables from the store; cells come with their run's id. If they are not the whole of it,
+    there is no runs.csv, so that the analysis does not see it, and all the rest, from which it can be restored.
 
     Returns:
         the files that could not be read: their runs have been set aside and must be made again.
@@ -44,7 +47,8 @@ def collect(design: Design, cells: Iterable[tuple[Cell, str]], store: Store, fol
         except Damaged as error:
             damaged.append(str(error))
             store.set_aside(run_id)
-    _write(folder / "runs.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.9g").encode())
+    if whole:
+        _write(folder / "runs.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.9g").encode())
     names = {name for result in results.values() for name in result.tables}
     for name in sorted(names):
         parts = [result.tables[name].assign(run=run_id) for run_id, result in results.items() if name in result.tables]

@@ -1,8 +1,8 @@
 """Sweeps: ``python -m runners.sweep run untuned_warmup_quick``.
 
 A sweep trains what an experiment lacks, however often it is started, stopped or started twice at once; then it
-writes the experiment's tables. ``plan`` says what it would do, ``status`` how far it is, ``restore`` puts
-committed tables back into the store.
+writes the experiment's tables. ``plan`` says what it would do, ``status`` how far it is, ``collect`` writes what an
+unfinished one has so far, ``restore`` puts such results, or the tables of a whole one, back into the store.
 """
 
 import argparse
@@ -282,7 +282,7 @@ def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m runners.sweep", description=__doc__)
-    parser.add_argument("command", choices=["run", "plan", "status", "restore"])
+    parser.add_argument("command", choices=["run", "plan", "status", "collect", "restore"])
     parser.add_argument("experiment", help="a file in conf/experiment/, without .yaml")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core; one on a GPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -313,7 +313,7 @@ def _command(words: argparse.Namespace, console: Console) -> None:
         put, there = restore(folder, store)
         console.print(f"{put} runs restored to {store.root}, {there} were there")
         return
-    if words.command == "run":
+    if words.command in ("run", "collect"):
         _check_writable(folder)
     place = Place(
         device=words.device, store=str(store.root), data_root=words.data_root,
@@ -324,6 +324,9 @@ def _command(words: argparse.Namespace, console: Console) -> None:
     workers = words.workers or (len(os.sched_getaffinity(0)) if sweep.device.type == "cpu" else 1)
     if words.command == "status":
         _print_status(sweep, console)
+        return
+    if words.command == "collect" and sweep.missing():
+        _collect_so_far(sweep, folder, console)
         return
     for part in plan_table(sweep, workers):
         console.print(part)
@@ -343,6 +346,17 @@ def _command(words: argparse.Namespace, console: Console) -> None:
     console.print(f"trained now: {ended}; tables in {folder}")
     if counts["error"]:
         raise UserError(f"{counts['error']} runs failed, see {store.root}/.errors; the same command tries them again")
+
+
+def _collect_so_far(sweep: Sweep, folder: Path, console: Console) -> None:
+    if (folder / "runs.csv").exists():
+        raise UserError(f"{folder} holds a whole sweep, and this one is unfinished: restore it first, or move it away")
+    cells = [(cell, run_id) for cell, run_id in sweep.cells() if sweep.summary(run_id, cell.run) is not None]
+    if not cells:
+        raise UserError(f"no run of {sweep.design.experiment.name} is finished yet")
+    damaged = collect(sweep.design, cells, sweep.store, folder, whole=False)
+    count = len({run_id for _, run_id in cells}) - len(damaged)
+    console.print(f"{count} finished runs written to {folder}; from there `restore` puts them into a store again")
 
 
 def _print_status(sweep: Sweep, console: Console) -> None:

@@ -293,6 +293,35 @@ def test_collect_and_restore_are_a_round_trip(
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == content
 
 
+def test_an_unfinished_sweep_can_be_collected_and_restored(
+    tiny_experiment: MakeExperiment, store: Store, tmp_path: Path, in_process: type[InProcess],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sweeps.experiments, "load", lambda name: tiny_experiment())
+    words = ["tiny", "--device", "cpu", "--store", str(store.root), "--results", str(tmp_path)]
+    folder = tmp_path / "tiny"
+    with pytest.raises(SystemExit):
+        sweeps.main(["collect", *words])
+    assert "no run of tiny is finished yet" in capsys.readouterr().err
+    monkeypatch.setattr(InProcess, "stop_after", 3)
+    with pytest.raises(SystemExit):
+        sweeps.main(["run", *words])
+    sweeps.main(["collect", *words])
+    assert "3 finished runs written" in capsys.readouterr().out
+    assert {p.name for p in folder.iterdir()} == {CURVES}  # the analysis does not see it
+    other = Store(tmp_path / "other")
+    assert restore(folder, other) == (3, 0) and other.ids() == store.ids()
+    monkeypatch.setattr(InProcess, "stop_after", None)
+    sweeps.main(["run", *words])
+    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert set(whole) == {"runs.csv", CURVES}
+    sweeps.main(["collect", *words])
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
+    with pytest.raises(SystemExit):
+        sweeps.main(["collect", *words[:3], "--store", str(other.root), "--results", str(tmp_path)])
+    assert "holds a whole sweep, and this one is unfinished" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["nothing", "garbage", "no records"])
 def test_what_cannot_be_restored_is_one_line(how: str, store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "results"
