@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from analysis.figures import results
-from runners.collect import CURVES, records_of
+from runners.collect import CURVES, STEP_TIMES, records_of
 from runners.config import UserError
 from runners.experiment import Experiment
 from runners.experiment import load as load_experiment
@@ -56,9 +56,9 @@ class Results:
             UserError: if they were not measured.
         """
         try:
-            return pd.read_csv(self.folder / "step_times.csv")
+            return pd.read_csv(self.folder / STEP_TIMES)
         except FileNotFoundError:
-            raise UserError(f"{self.name} has no step_times.csv: make sweep EXPERIMENT={self.name}") from None
+            raise UserError(f"{self.name} has no {STEP_TIMES}: make sweep EXPERIMENT={self.name}") from None
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 results/<experiment>/runs.csv        one row a cell of the design: what the analysis reads
 results/<experiment>/curves.parquet  one row a run and step; its metadata holds every run's summary, config and
                                      provenance, so that ``restore`` can put the runs into a store again
+results/<experiment>/step_times.csv  without a reference arm: how long a step of each arm takes (runners.timing)
 results/<experiment>/<probe>.parquet the same for a listed probe (quantiles, histogram)
 """
 
@@ -25,6 +26,7 @@ from runners.store import Damaged, Result, Store, write_whole
 
 RECORDS = b"untuned.records"
 CURVES = "curves.parquet"
+STEP_TIMES = "step_times.csv"
 
 
 def collect(

@@ -1,8 +1,8 @@
 """What 8 bits cost: ``python -m runners.state_error``.
 
-Trains a task with 32-bit Adam, then rounds its moments as each 8-bit code would, and writes how far they, and the
-update made of them, are off: results/eight_bit_quick/state_error.csv. The ablation of Dettmers et al. 2022 (linear,
-dynamic, block-wise) on states of a real run, without the training that it would take to see it in a loss.
+Trains the embedded LSTM with 32-bit Adam, then rounds its moments as each 8-bit code would, and writes how far they,
+and the update made of them, are off: results/eight_bit_quick/state_error.csv. The ablation of Dettmers et al. 2022
+(linear, dynamic, block-wise) on states of a real run, without the training that it would take to see it in a loss.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from runners.config import ROOT, Run, compose_run
 from runners.store import write_whole
 from runners.train import make_optimizer, prepare
 
+TASK, LR = "pydocs_lstm", 0.03
 MINIMUM = EightBit().minimum
 LINEAR = (torch.linspace(-1, 1, 256), torch.linspace(0, 1, 256))
 CODES = {
@@ -78,13 +79,11 @@ def state_bytes(run: Run) -> int:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m runners.state_error", description=__doc__)
-    parser.add_argument("--task", default="pydocs_lstm")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", default=str(ROOT / "results"), help="folder of the tables")
     words = parser.parse_args(argv)
-    common = [f"task={words.task}", f"lr={words.lr}", f"steps={words.steps}", "device=cpu", "warmup=untuned_linear"]
+    common = [f"task={TASK}", f"lr={LR}", f"steps={words.steps}", "device=cpu", "warmup=untuned_linear"]
     run, place = compose_run([*common, "optimizer=adam", "optimizer.beta2=0.98"])
     prepare(run.task, place)
     adam = run.optimizer
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     eight, _ = compose_run([*common, "optimizer=adam8bit"])
     eight = eight.replace(task=run.task)
     table = table.assign(
-        task=words.task, steps=words.steps, lr=words.lr, seeds=words.seeds, bytes_32bit=state_bytes(run),
+        task=TASK, steps=words.steps, lr=LR, seeds=words.seeds, bytes_32bit=state_bytes(run),
         bytes_8bit=state_bytes(eight), parameters=sum(p.numel() for p in run.task.model().parameters()),
     )  # fmt: skip
     path = Path(words.results) / "eight_bit_quick" / "state_error.csv"

@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 import torch
 
+from runners.collect import STEP_TIMES
 from runners.config import Run
 from runners.experiment import Design
 from runners.store import write_whole
 from runners.train import environment, make_optimizer
 
-STEP_TIMES = "step_times.csv"
 ROUNDS, STEPS = 6, 8
 
 

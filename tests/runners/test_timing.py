@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from runners import timing
+from runners.collect import STEP_TIMES
 from runners.store import Store
-from runners.timing import STEP_TIMES, Stepper, write_step_times
+from runners.timing import Stepper, write_step_times
 from tests.runners.conftest import MakeExperiment, sweep_of
 
 CPU = torch.device("cpu")
