@@ -16,7 +16,7 @@ TABLES  = results/$(EXPERIMENT)
 PLACE   = --device $(DEVICE) --store $(STORE) $(if $(WORKERS),--workers $(WORKERS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan status figures collect restore test lint format lock clean
+.PHONY: help setup sweep plan status figures collect restore bench test lint format lock clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ collect: $(READY)  ## write what an unfinished sweep has so far into results/, t
 
 restore: $(READY)  ## put the committed runs of EXPERIMENT into the store, to go on from them
 	@$(SWEEP) restore $(EXPERIMENT) --store $(STORE)
+
+bench: $(READY)  ## measure how fast all this is, side by side with plain torch (PARTS=... for some of it)
+	@$(BIN)/python -m bench $(PARTS) --device $(DEVICE)
 
 test: $(READY)  ## the tests, a miniature sweep end to end among them
 	@$(BIN)/python -m pytest

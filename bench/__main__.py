@@ -1,0 +1,75 @@
+"""``python -m bench [part ...]``: measure, and write results/bench/.
+
+results/bench/<part>.csv  what was measured, with machine, versions and date
+results/bench/report.md   all parts in short tables; a part that is not measured now keeps its own
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from bench import PARTS
+from runners.config import ROOT, Place, UserError
+from runners.store import write_whole
+from runners.train import environment
+
+
+def stamped(table: pd.DataFrame, place: Place) -> pd.DataFrame:
+    """The table with where and when it was measured in its last columns."""
+    where = environment(place.torch_device())
+    return table.assign(
+        device=where["device_name"],
+        cores=len(os.sched_getaffinity(0)),
+        torch=where["torch"],
+        python=where["python"],
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+    )
+
+
+def report(folder: Path) -> str:
+    """The report in Markdown, from the tables that are there."""
+    lines = [
+        "# How fast it is",
+        "`make bench` measures this anew. Within a table all candidates took turns on one machine.",
+    ]
+    for name, part in PARTS.items():
+        path = folder / f"{name}.csv"
+        lines.append(f"## {part.TITLE}")
+        if not path.exists():
+            lines.append(f"Not measured yet: `python -m bench {name}`.")
+            continue
+        table = pd.read_csv(path)
+        stamp = table.iloc[0]
+        lines.append(f"{stamp.date} · {stamp.device}, {stamp.cores} cores · torch {stamp.torch}, Python {stamp.python}")
+        lines.append(part.summary(table).strip())
+    return "\n\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: to see that it runs")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--data-root", default=None, help="folder of local data sets (or set UNTUNED_DATA)")
+    parser.add_argument("--results", default=str(ROOT / "results"), help="folder of the tables")
+    words = parser.parse_args(argv)
+    folder = Path(words.results) / "bench"
+    try:
+        place = Place(device=words.device, data_root=words.data_root)
+        for name in words.parts or PARTS:
+            table = stamped(PARTS[name].measure(place, words.quick), place)
+            write_whole(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
+        write_whole(folder / "report.md", report(folder))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"written: {folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""A sweep."""
+
+import pandas as pd
+
+from runners.config import Place
+
+TITLE = "A sweep"
+
+
+def measure(place: Place, quick: bool) -> pd.DataFrame:
+    """Not there yet."""
+    raise NotImplementedError
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Not there yet."""
+    raise NotImplementedError
