@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench import PARTS
-from runners.config import ROOT, Place, UserError
+from runners.config import ROOT, Place, UserError, nearest
 from runners.store import write_whole
 from runners.train import environment
 
@@ -52,7 +52,7 @@ def report(folder: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: to see that it runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--data-root", default=None, help="folder of local data sets (or set UNTUNED_DATA)")
@@ -61,6 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(words.results) / "bench"
     try:
         place = Place(device=words.device, data_root=words.data_root)
+        for name in words.parts:
+            if name not in PARTS:
+                raise UserError(f"no part is called {name!r}{nearest(name, PARTS)}")
         for name in words.parts or PARTS:
             table = stamped(PARTS[name].measure(place, words.quick), place)
             write_whole(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))

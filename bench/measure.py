@@ -56,5 +56,5 @@ def fastest(seconds: list[float]) -> float:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
-    """How many times ours takes what theirs takes: the median over the rounds, in each of which they were neighbours."""
+    """How many times as long ours takes: the median over the rounds, in each of which the two were neighbours."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
