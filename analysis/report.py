@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import ranking
+from analysis import published, ranking
+from analysis.sanity import BESIDE_PLAIN
 from analysis.tables import Results, load
 from analysis.verdicts import ALL, lr_summary, margin, verdicts
 from runners.config import UserError
@@ -71,6 +72,9 @@ def report(found: Results, table: pd.DataFrame, curves: pd.DataFrame) -> str:
     own = _own_lr(found)
     if len(own):
         parts += ["## Each arm at its own best lr", _table(own), _OWN_NOTE]
+    parts += published.sections(found)
+    if (found.folder / BESIDE_PLAIN).exists():
+        parts += ["## Beside plain torch loops", f"See [{BESIDE_PLAIN}]({BESIDE_PLAIN})."]
     if not len(table) and experiment.reference is not None:
         parts += ["## Every cell", _table(_cells(found))]
     if images := sorted((found.folder / "figures").glob("*.png")):

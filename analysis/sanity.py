@@ -20,6 +20,7 @@ from runners.store import write_whole
 
 EXPERIMENT = "sanity"
 CONFIDENCE = 0.95
+BESIDE_PLAIN = "plain_loops.md"
 HERE, PLAIN = "this project", "plain torch loop"
 LOOKS: dict[str, dict[str, Any]] = {
     HERE: {"color": BLUE, "linestyle": "-"},
@@ -153,7 +154,7 @@ def write(found: Results) -> pd.DataFrame:
     """Write results/<experiment>/plain_loops.csv and .md; the comparison."""
     table = comparison(found)
     write_whole(found.folder / "plain_loops.csv", table.to_csv(index=False, float_format="%.6g"))
-    write_whole(found.folder / "plain_loops.md", text(table))
+    write_whole(found.folder / BESIDE_PLAIN, text(table))
     return table
 
 

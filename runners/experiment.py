@@ -47,7 +47,8 @@ class TaskPlan:
 
     Without a reference arm ``lrs`` are multiples of each rule's published rate, and tests need no pilot.
     ``task`` is the file in conf/task/; None: the plan's own name in the experiment, which differs where one task
-    stands there several times (with several beta2, say).
+    stands there several times (with several beta2, say). ``published`` is a file in conf/published/, of numbers of
+    others that the report sets beside these.
     """
 
     lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
@@ -59,8 +60,12 @@ class TaskPlan:
     own_seeds: Count = 0
     control_seeds: Count = 0
     high_lr: Annotated[float, Field(gt=0)] | None = None
+    published: str | None = None
 
     def __post_init__(self) -> None:
+        known = [path.stem for path in (CONF / "published").glob("*.yaml")]
+        if self.published is not None and self.published not in known:
+            raise ValueError(f"published: no file is called {self.published!r}{nearest(self.published, known)}")
         if list(self.lrs) != sorted(set(self.lrs)):
             raise ValueError("lrs must increase")
 
