@@ -28,5 +28,5 @@ def test_without_there_is_no_such_section() -> None:
 
 def test_a_name_that_is_not_there_is_told() -> None:
     plan: dict[str, Any] = {"lrs": (0.1,), "tuning_seeds": 1}
-    with pytest.raises(ValidationError, match="no file is called 'cifar10_resnet2'.*cifar10_resnet20"):
+    with pytest.raises(ValidationError, match=r"no file is called 'cifar10_resnet2'.*cifar10_resnet20"):
         TaskPlan(**plan, published="cifar10_resnet2")
