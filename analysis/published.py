@@ -27,8 +27,8 @@ def _settings(found: Results, task: str, published: dict[str, Any]) -> str:
     return (
         f"Published ({published['source']}): {published['settings'].strip()}.\n\n"
         f"Here: `{words}`, so {runs.steps.iloc[0]:,} steps, at lr {found.primary_lr(task):g}; {runs.seed.nunique()} "
-        "seeds. Where the two differ in depth, length or data their errors are not the same quantity: what can be compared "
-        "is how the arms stand to each other."
+        "seeds. Where the two differ in depth, length or data their errors are not the same quantity: what can be "
+        "compared is how the arms stand to each other."
     )
 
 
