@@ -1,7 +1,7 @@
 """The loop that anyone would write: DataLoader, an eager model, torch.optim's fastest AdamW, no logging.
 
-``python -m bench.plain task lr seed steps [data root]`` trains one run in a process of its own and prints its test
-metric. Of this project it imports the task alone, for its raw data, its model, its loss and its evaluation.
+``python -m bench.plain task lr seed steps device [data root]`` trains one run in a process of its own and prints its
+test metric. Of this project it imports the task alone, for its raw data, its model, its loss and its evaluation.
 """
 
 import importlib
@@ -84,15 +84,16 @@ def endless(task: Any, name: str) -> Iterator[Any]:
     return itertools.chain.from_iterable(epoch() for _ in itertools.count())
 
 
-def train(task: Task, name: str, lr: float, seed: int, steps: int) -> float:
-    """Train one run on a task that is prepared on the CPU; its test metric."""
+def train(name: str, data: Any, task: Any, lr: float, seed: int, steps: int) -> float:
+    """Train one run on a task that is prepared on its device, with the batches of one that is prepared on the CPU; its
+    test metric."""
     torch.manual_seed(seed)
     model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, BETA2), weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (1 - BETA2) * (done + 1) / 2))
-    for batch in itertools.islice(endless(task, name), steps):
+    for batch in itertools.islice(endless(data, name), steps):
         optimizer.zero_grad()
-        task.loss(model, batch).backward()
+        task.loss(model, type(batch)(*(part.to(task.device) for part in batch))).backward()
         optimizer.step()
         scheduler.step()
     task.evaluate(model, "validation")
@@ -101,15 +102,20 @@ def train(task: Task, name: str, lr: float, seed: int, steps: int) -> float:
 
 def main() -> None:
     """One run in this process."""
-    name, lr, seed, steps, *root = sys.argv[1:]
+    name, lr, seed, steps, device, *root = sys.argv[1:]
     kind: Any = next(
         value
         for value in vars(importlib.import_module(f"tasks.{name}")).values()
         if isinstance(value, type) and issubclass(value, Task) and value.__module__ == f"tasks.{name}"
     )
-    task = kind(depth=8) if name == "cifar10_resnet" else kind()
-    task.prepare(torch.device("cpu"), root[0] if root else None)
-    print(train(task, name, float(lr), int(seed), int(steps)))
+    fields = {"depth": 8} if name == "cifar10_resnet" else {}
+    data, task = kind(**fields), kind(**fields)
+    data.prepare(torch.device("cpu"), next(filter(None, root), None))
+    if device == "cpu":
+        task = data
+    else:
+        task.prepare(torch.device(device), next(filter(None, root), None))
+    print(train(name, data, task, float(lr), int(seed), int(steps)))
 
 
 if __name__ == "__main__":

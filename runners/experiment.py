@@ -257,12 +257,12 @@ def best_lr(results: list[tuple[float, dict[str, Any]]]) -> float:
 
 
 def load(name: str) -> Experiment:
-    """The experiment of that name.
+    """The experiment of that name in conf/experiment/, or in the file whose path that is.
 
     Raises:
         UserError: if it is not there, or for any mistake in it, in one line.
     """
-    path = CONF / "experiment" / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else CONF / "experiment" / f"{name}.yaml"
     if not path.exists():
         names = [p.stem for p in (CONF / "experiment").glob("*.yaml")]
         raise UserError(f"no experiment is called {name!r}{nearest(name, names)}")

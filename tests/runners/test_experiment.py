@@ -1,5 +1,6 @@
 """Experiments: a mistake in a YAML is one line, and the design expands to the cells it promises."""
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from runners import experiment as experiments
 from runners import sweep as sweeps
-from runners.config import UserError
+from runners.config import CONF, UserError
 from runners.experiment import Claim, Design, best_lr, load, read, value
 from runners.store import Store
 from tests.runners.conftest import PLAN, InProcess, MakeExperiment, result_of, sweep_of
@@ -109,6 +110,12 @@ def test_a_mistake_in_an_override_is_one_line_too(tmp_path: Path, old: str, new:
 def test_an_experiment_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"^no experiment is called 'smok'; did you mean 'smoke'\?$"):
         load("smok")
+
+
+def test_a_file_of_another_folder_is_an_experiment_too(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text((CONF / "experiment" / "smoke.yaml").read_text())
+    own, smoke = load(str(tmp_path / "own.yaml")), load("smoke")
+    assert own.name == "own" and dataclasses.replace(own, name="smoke") == smoke
 
 
 @pytest.mark.parametrize(
