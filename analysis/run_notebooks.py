@@ -7,11 +7,13 @@ one fails.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jupyter_client.kernelspec import KernelSpec
@@ -42,25 +44,57 @@ def find(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
     return [path for path in every if not names or path.name.startswith(tuple(names))]
 
 
-def execute(path: Path, environment: dict[str, str] | None = None) -> None:
-    """Run one notebook in a fresh kernel, with ``environment`` added to this process's. The working folder is
-    that of the notebook. Raises nbclient's errors for a failing cell or a kernel that dies."""
+@contextlib.contextmanager
+def kernel(folder: Path, environment: dict[str, str]) -> Iterator[Callable[[Path], None]]:
+    """A kernel in which to run notebook after notebook of a folder, its working folder, with ``environment`` added to
+    this process's: most of what a short one takes would be the start and the imports of a kernel of its own. Each finds
+    no variable of those before. Raises nbclient's errors for a failing cell or a kernel that dies."""
     import jupytext
+    import nbformat
     from nbclient import NotebookClient
 
-    notebook = jupytext.read(path, fmt="py:percent")
+    forget = nbformat.v4.new_code_cell("%reset -f")
     with tempfile.TemporaryDirectory(prefix="untuned-") as scratch:
         variables = {
             **os.environ,
-            **(environment or {}),
+            **environment,
             "IPYTHONDIR": scratch,
             "JUPYTER_RUNTIME_DIR": scratch,
             "NO_COLOR": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
         }
-        kernel = ThisInterpreter(transport="ipc", ip=f"{scratch}/kernel", connection_file=f"{scratch}/kernel.json")
-        client = NotebookClient(notebook, km=kernel, timeout=None)
-        client.execute(env=variables, cwd=str(path.resolve().parent), cleanup_kc=True)
+        manager = ThisInterpreter(transport="ipc", ip=f"{scratch}/kernel", connection_file=f"{scratch}/kernel.json")
+        client = NotebookClient(nbformat.v4.new_notebook(), km=manager, timeout=None)
+
+        def execute(path: Path) -> None:
+            client.nb = jupytext.read(path, fmt="py:percent")
+            client.nb.cells.insert(0, forget)
+            client.execute(cleanup_kc=False)
+
+        with client.setup_kernel(env=variables, cwd=str(folder.resolve()), cleanup_kc=True):
+            yield execute
+
+
+def execute(paths: list[Path], environment: dict[str, str]) -> Iterator[tuple[Path, float, Exception | None]]:
+    """Run notebooks one after another; each with its seconds, and what it raised if it failed. Neighbours that are
+    about experiments share a kernel; the others, which compute, have one of their own."""
+    waiting = list(paths)
+    shared = {path for path in paths if EXPERIMENT in path.read_text(encoding="utf-8")}
+    while waiting:
+        start = time.perf_counter()  # the first one's seconds are the kernel's too
+        with kernel(waiting[0].parent, environment) as run:
+            failure = None
+            while waiting and failure is None:  # what a failed one left behind is nothing to go on with
+                path = waiting.pop(0)
+                alone = not shared.issuperset([path, *waiting[:1]])
+                try:
+                    run(path)
+                except Exception as error:  # whatever it is: it is told, and the others go on
+                    failure = error
+                yield path, time.perf_counter() - start, failure
+                start = time.perf_counter()
+                if alone:
+                    break
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,16 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
         environment[EXPERIMENT] = options.experiment
         notebooks = [path for path in notebooks if EXPERIMENT in path.read_text(encoding="utf-8")]
     failed = 0
-    for path in notebooks:
-        start = time.perf_counter()
-        try:
-            execute(path, environment)
-        except Exception as error:  # whatever it is: name the notebook, go on with the others, and fail
+    for path, seconds, failure in execute(notebooks, environment):
+        if failure is not None:
             failed += 1
-            message = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-            print(f"{path.stem}: FAILED, {type(error).__name__}\n{message}", file=sys.stderr, flush=True)
+            message = re.sub(r"\x1b\[[0-9;]*m", "", str(failure)).strip()
+            print(f"{path.stem}: FAILED, {type(failure).__name__}\n{message}", file=sys.stderr, flush=True)
         else:
-            print(f"{path.stem}: {time.perf_counter() - start:.1f} s", flush=True)
+            print(f"{path.stem}: {seconds:.1f} s", flush=True)
     return 1 if failed else 0
 
 

@@ -11,7 +11,7 @@ import base64
 import io
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from runners.config import UserError
 from runners.experiment import Cell, Design, value
-from runners.store import Damaged, Result, Store, write_whole
+from runners.store import Damaged, Result, Store, config_of, write_whole
 
 RECORDS = b"untuned.records"
 CURVES = "curves.parquet"
@@ -38,34 +38,46 @@ def collect(
     Returns:
         the files that could not be read: their runs have been set aside and must be made again.
     """
-    rows: list[dict[str, Any]] = []
-    results: dict[str, Result] = {}
+    places: dict[str, list[tuple[int, Cell]]] = {}
+    for place, (cell, run_id) in enumerate(cells):
+        places.setdefault(run_id, []).append((place, cell))
+    rows: dict[int, dict[str, Any]] = {}
+    records: list[str] = []
+    tables: dict[str, _Stack] = {}
     damaged: list[str] = []
-    for cell, run_id in cells:
+    for run_id, filled in places.items():
         try:
-            if run_id not in results:
-                results[run_id] = store.result(run_id)
-            rows.append(row(cell, run_id, results[run_id]))
+            summary, files = store.files(run_id)
         except Damaged as error:
             damaged.append(str(error))
             store.set_aside(run_id)
+            continue
+        rows |= {place: row(cell, run_id, summary) for place, cell in filled}
+        records.append(_record(summary, files))
+        for name, content in files.items():
+            if name.endswith(".parquet"):
+                tables.setdefault(name, _Stack()).add(run_id, content)
     if whole:
-        _write(folder / "runs.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.9g").encode())
-    names = {name for result in results.values() for name in result.tables}
-    for name in sorted(names):
-        parts = [result.tables[name].assign(run=run_id) for run_id, result in results.items() if name in result.tables]
-        table = pd.concat(parts, ignore_index=True)
-        is_history = name == "history"
-        records = [
-            {"summary": r.summary, "config": r.config, "provenance": r.provenance} for r in results.values()
-        ] if is_history else []  # fmt: skip
-        _write(folder / (CURVES if is_history else f"{name}.parquet"), _parquet(table, records))
+        _write(folder / "runs.csv", runs_csv(rows[place] for place in sorted(rows)))
+    for name, stack in sorted(tables.items()):
+        is_history = name == "history.parquet"
+        _write(folder / (CURVES if is_history else name), stack.parquet(records if is_history else ()))
     return damaged
 
 
-def row(cell: Cell, run_id: str, result: Result) -> dict[str, Any]:
+def runs_csv(rows: Iterable[dict[str, Any]]) -> bytes:
+    """What runs.csv holds, of its rows."""
+    return pd.DataFrame(list(rows)).to_csv(index=False, float_format="%.9g").encode()
+
+
+def _record(summary: dict[str, Any], files: dict[str, bytes]) -> str:
+    """What ``restore`` needs of a run beside its tables, as JSON."""
+    config, provenance = config_of(files["config.yaml"]), json.loads(files["provenance.json"])
+    return json.dumps({"summary": summary, "config": config, "provenance": provenance})
+
+
+def row(cell: Cell, run_id: str, summary: dict[str, Any]) -> dict[str, Any]:
     """A cell's row of runs.csv. ``validation`` and ``test`` are the metric of record, capped at the worst value."""
-    summary = result.summary
     raw = {
         f"{split}_{name}": summary["metrics"].get(split, {}).get(name, np.nan)
         for split in ("validation", "test")
@@ -89,8 +101,8 @@ def row(cell: Cell, run_id: str, result: Result) -> dict[str, Any]:
         "beta2": cell.run.optimizer.second_moment_beta,
         "seconds": round(summary["seconds"]["train"], 3),
         **{k: summary["environment"][k] for k in ("device", "device_name", "torch")},
-        "execution": result.config["execution"],
-        "precision": result.config["precision"],
+        "execution": cell.run.execution,
+        "precision": cell.run.precision,
         "run": run_id,
     }
 
@@ -146,12 +158,57 @@ def _write(path: Path, content: bytes) -> None:
         write_whole(path, content)
 
 
-def _parquet(table: pd.DataFrame, records: list[dict[str, Any]]) -> bytes:
-    """Compact and deterministic bytes."""
-    whole = pa.Table.from_pandas(table, preserve_index=False)
-    if records:
-        packed = base64.b64encode(zlib.compress(json.dumps(records).encode(), 9))
-        whole = whole.replace_schema_metadata({**(whole.schema.metadata or {}), RECORDS: packed})
-    buffer = io.BytesIO()
-    pq.write_table(whole, buffer, compression="zstd", compression_level=12)
-    return buffer.getvalue()
+ROWS = 2**20
+"""Rows of a row group: Arrow's own choice. They are written one by one, so that only one is there twice."""
+JOINED = 256
+"""Tables that are joined at a time: thousands of small ones take three times the memory."""
+
+
+class _Stack:
+    """Tables of many runs, to be one below the other."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+        self.kinds: dict[pa.Schema, pa.Table] = {}
+        self.joined: list[pa.Table] = []
+        self.parts: list[pa.Table] = []
+
+    def add(self, run_id: str, content: bytes) -> None:
+        """The next run's table, as the bytes of a parquet file."""
+        part = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+        self.kinds.setdefault(part.schema, part.slice(0, 1))
+        self.rows[run_id] = part.num_rows
+        self.parts.append(part.replace_schema_metadata())
+        if len(self.parts) == JOINED:
+            self._join()
+
+    def _join(self) -> None:
+        if self.parts:
+            self.joined.append(pa.concat_tables(self.parts, promote_options="permissive").combine_chunks())
+            self.parts.clear()
+
+    def parquet(self, records: Sequence[str]) -> bytes:
+        """Compact and deterministic bytes, with the run in the last column. Columns and types are those that pandas
+        would give the whole, which is never in pandas."""
+        heads = [head.to_pandas().assign(run="") for head in self.kinds.values()]
+        schema = pa.Schema.from_pandas(pd.concat(heads, ignore_index=True), preserve_index=False)
+        if records:
+            packed = base64.b64encode(zlib.compress(f"[{', '.join(records)}]".encode(), 9))
+            schema = schema.with_metadata({**(schema.metadata or {}), RECORDS: packed})
+        self._join()
+        whole = pa.concat_tables(self.joined, promote_options="permissive")
+        ids = pa.array(self.rows, schema.field("run").type)
+        owners = np.repeat(np.arange(len(self.rows), dtype=np.int32), list(self.rows.values()))
+        buffer = io.BytesIO()
+        with pq.ParquetWriter(buffer, schema, compression="zstd", compression_level=12) as writer:
+            for first in range(0, len(owners), ROWS):
+                own = ids.take(pa.array(owners[first : first + ROWS]))
+                writer.write_table(
+                    whole.slice(first, ROWS)
+                    .combine_chunks()
+                    .append_column("run", own)
+                    .select(schema.names)
+                    .cast(schema),
+                    row_group_size=ROWS,
+                )
+        return buffer.getvalue()

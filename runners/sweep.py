@@ -21,10 +21,11 @@ from rich.table import Table
 
 from runners import experiment as experiments
 from runners.collect import collect, restore
-from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of, plain
+from runners.config import ROOT, Place, Run, UserError, first_line, name_of, plain
 from runners.experiment import Cell, Design
+from runners.finished import Finished
 from runners.refine import refined
-from runners.store import FINISHED, Damaged, Store
+from runners.store import Store
 from runners.timing import Stepper, write_step_times
 from runners.train import prepare
 from runners.worker import Job, Pool
@@ -49,8 +50,12 @@ class Sweep:
                 tasks[key] = run.task
             design.base[place_in_design] = refined(run, store).replace(task=tasks[key])
             self.fingerprints[place_in_design] = tasks[key].fingerprint()
-        self._summaries: dict[str, dict[str, Any]] = {}
+        self.finished = Finished(store, console)
         self._ids: dict[tuple[str, str, float, int], str] = {}
+        self._cells: list[tuple[Cell, str]] = []
+        self._lacking: dict[str, list[Cell]] = {}  # by id: those that have no result, or not all that they ask for
+        self._untuned: Counter[tuple[str, str]] = Counter()  # tuning runs among them, by task and arm
+        self._plan()
 
     def run_id(self, cell: Cell) -> str:
         """The id of a cell's run (hashed once)."""
@@ -60,50 +65,60 @@ class Sweep:
         return self._ids[key]
 
     def summary(self, run_id: str, run: Run) -> dict[str, Any] | None:
-        """The summary of a finished run that recorded all that is asked for; a damaged one is set aside."""
-        if run_id not in self._summaries:
-            try:
-                found = self.store.summary(run_id)
-            except Damaged as damaged:
-                aside = self.store.set_aside(run_id)
-                self.console.print(f"{damaged} cannot be read: set aside as {aside}, the run is made again")
-                return None
-            if found is None or found["status"] not in FINISHED:
-                return None
-            self._summaries[run_id] = found
-        found = self._summaries[run_id]
-        if Probes(**found["probes"]).covers(run.probes, run.steps):
-            return found
-        del self._summaries[run_id]  # it will be replaced
-        return None
+        """The summary of a finished run that recorded all that is asked for, when ``missing`` was last called."""
+        return self.finished.summary(run_id, run)
 
     def cells(self) -> list[tuple[Cell, str]]:
-        """Every cell that is determined so far, with its run's id."""
+        """Every cell that was determined when ``missing`` was last called, with its run's id."""
+        return self._cells
+
+    def missing(self) -> dict[str, Cell]:
+        """The determined runs that have no result now, by id."""
+        determined = True
+        for run_id in self.finished.look() & self._wanted:
+            cells = self._lacking.get(run_id, [])
+            if cells and all(self.summary(run_id, cell.run) is not None for cell in cells):
+                del self._lacking[run_id]
+                tuning = [(cell.task, cell.arm) for cell in cells if cell.stage == "tuning"]
+                self._untuned.subtract(tuning)
+                determined &= all(self._untuned[place] for place in tuning)
+            else:  # gone, or replaced by one that lacks something else
+                determined = False
+        if not determined:
+            self._plan()
+        return {run_id: cells[-1] for run_id, cells in self._lacking.items()}
+
+    def _plan(self) -> None:
+        """Determine the cells from the results, and which of them lack one. ``missing`` needs this again only where
+        an arm has been tuned on a task, which determines further cells."""
 
         def lookup(cell: Cell) -> dict[str, Any] | None:
             return self.summary(self.run_id(cell), cell.run)
 
-        return [(cell, self.run_id(cell)) for cell in self.design.cells(lookup)]
-
-    def missing(self) -> dict[str, Cell]:
-        """The determined runs that have no result, by id."""
-        return {run_id: cell for cell, run_id in self.cells() if self.summary(run_id, cell.run) is None}
+        self._cells = [(cell, self.run_id(cell)) for cell in self.design.cells(lookup)]
+        self._wanted = {run_id for _, run_id in self._cells}
+        self._lacking = {}
+        for cell, run_id in self._cells:
+            if self.summary(run_id, cell.run) is None:
+                self._lacking.setdefault(run_id, []).append(cell)
+        lacking = (cell for cells in self._lacking.values() for cell in cells)
+        self._untuned = Counter((cell.task, cell.arm) for cell in lacking if cell.stage == "tuning")
 
     @cached_property
     def seconds_a_run(self) -> dict[str, float]:
         """Training seconds of one run of each task: from the store's results, else by timing a few steps."""
-        seconds: dict[str, float] = {}
-        for task in self.design.experiment.tasks:
-            run = next(r for (_, t), r in self.design.base.items() if t == task)
-            known = [
-                s["seconds"]["train"] + s["seconds"]["evaluate"]
-                for cell, run_id in self.cells()
-                if cell.task == task and (s := self._summaries.get(run_id)) is not None
-                if s["status"] == "done" and s["seconds"]["from_step"] == 0
-                and s["environment"]["device"] == self.device.type
-            ]  # fmt: skip
-            seconds[task] = sum(known) / len(known) if known else self._timed(run)
-        return seconds
+        known: dict[str, list[float]] = {task: [] for task in self.design.experiment.tasks}
+        for cell, run_id in self._cells:
+            found = self.summary(run_id, cell.run)
+            if (
+                found is not None
+                and found["status"] == "done"
+                and found["seconds"]["from_step"] == 0
+                and found["environment"]["device"] == self.device.type
+            ):
+                known[cell.task].append(found["seconds"]["train"] + found["seconds"]["evaluate"])
+        first = {task: run for (_, task), run in reversed(self.design.base.items())}
+        return {task: sum(of) / len(of) if of else self._timed(first[task]) for task, of in known.items()}
 
     def _timed(self, run: Run) -> float:
         try:
@@ -337,7 +352,6 @@ def _command(words: argparse.Namespace, console: Console) -> None:
         damaged = collect(design, [(c, k) for c, k in sweep.cells() if sweep.summary(k, c.run)], store, folder)
         if not damaged:
             break
-        sweep._summaries.clear()
         for path in damaged:
             console.print(f"{path} cannot be read: set aside, the run is made again")
     if experiment.reference is None:

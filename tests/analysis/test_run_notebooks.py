@@ -42,6 +42,20 @@ def test_runs_in_this_interpreter_without_a_home(notebooks, tmp_path, capfd):
     assert sorted(os.listdir(notebooks)) == ["01_good.py", "02_bad.py"]
 
 
+def test_notebooks_share_a_kernel_but_no_variables_until_one_fails(notebooks, tmp_path, capfd):
+    seen = "import os, pathlib\npathlib.Path('seen').open('a').write(f'{os.getpid()} {\"x\" in globals()}\\n')\n"
+    seen = f"# {run_notebooks.EXPERIMENT}\n{seen}"
+    for name in ("01_good", "03_after"):
+        (notebooks / f"{name}.py").write_text(f"# %%\n{seen}x = 1\n")
+    (notebooks / "02_bad.py").write_text(f"# %%\n{seen}x = 1 / 0\n")
+    assert run_notebooks.main([]) == 1
+    (one, *left), (two, *right), (three, *last) = map(str.split, (notebooks / "seen").read_text().splitlines())
+    assert one == two != three and left == right == last == ["False"]
+    out, err = capfd.readouterr()
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["01_good", "03_after"]
+    assert "02_bad: FAILED" in err
+
+
 def test_a_failing_cell_is_named(notebooks, capfd):
     assert run_notebooks.main(["02_bad"]) == 1
     _, err = capfd.readouterr()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -14,10 +15,11 @@ from optimizers.adam import Adam
 from optimizers.radam import RAdam
 from optimizers.sgd import SGD
 from runners import run as run_app
-from runners.config import Place, Probes, Run, UserError, compose_run, from_config
+from runners.config import CONF, Place, Probes, Run, UserError, compose_run, from_config
 from runners.initialisations import GradInit
 from runners.train import prepare
 from tests.runners.conftest import tiny_run
+from tests.runners.tiny import Tiny
 
 BAD: list[tuple[list[str], str]] = [
     # what is written, and what the line must say
@@ -243,3 +245,55 @@ def test_a_store_below_a_file_cannot_be_written(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(SystemExit) as caught:
         run_app.main()
     assert "cannot write to the store" in str(caught.value.code) and "\n" not in str(caught.value.code)
+
+
+# -- what is remembered --------------------------------------------------------------------------------------
+
+PARTS: dict[str, st.SearchStrategy[Any]] = {
+    "optimizer": st.sampled_from([Adam(), Adam(beta2=0.98), SGD()]),
+    "warmup": st.sampled_from([warmups.Warmup(), warmups.Linear(tau=5.0)]),
+    "lr": st.floats(1e-6, 10),
+    "seed": st.integers(0, 2**31),
+    "steps": st.integers(1, 100),
+    "weight_decay": st.sampled_from([0.0, 0.01]),
+    "task": st.sampled_from([Tiny(), Tiny(salt=1)]),
+}
+SOME = st.sets(st.sampled_from(sorted(PARTS))).flatmap(
+    lambda names: st.fixed_dictionaries({name: PARTS[name] for name in names})
+)
+
+
+@given(st.fixed_dictionaries(PARTS), st.lists(SOME, max_size=3))
+def test_a_run_that_was_changed_has_the_id_of_one_made_anew(
+    values: dict[str, Any], changes: list[dict[str, Any]]
+) -> None:
+    run = tiny_run(**values)
+    for changed in changes:
+        values = {**values, **changed}
+        run, new = run.replace(**changed), tiny_run(**values)
+        assert run == new and run.science == new.science and run.id("data") == new.id("data")
+
+
+WORDS = [
+    ["task=pydocs_lstm", "optimizer=radam", "steps=7", "task.batch_size=8"],
+    ["task.width=16", "warmup=linear", "warmup.tau=3"],
+    ["optimizer=lookahead", "optimizer@optimizer.inner=sgd", "task=phrases_transformer", "seed=3"],
+    ["task=digits_resnet", "seed=${task.batch_size}", "task.batch_size=5"],
+    ["scaling=linear", "scaling.base=16", "task.batch_size=32"],
+]
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_composing_the_task_apart_changes_nothing(words: list[str]) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = from_config(compose("run", overrides=words))
+    assert compose_run(words) == compose_run(words) == whole
+
+
+def test_nothing_in_conf_refers_to_another_file() -> None:
+    """Else the task could not be composed apart."""
+    files = [path for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"]
+    assert files and not [p.name for p in files if "${" in p.read_text() or "@package" in p.read_text()]
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "run.yaml"))
+    assert isinstance(values, dict)
+    assert "${" not in str({name: value for name, value in values.items() if name != "hydra"})

@@ -1,15 +1,25 @@
 """Sweeps: only what is missing is trained, however they are stopped, killed, shared or repeated."""
 
+import io
+import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from runners import collect as collecting
 from runners import experiment as experiments
 from runners import sweep as sweeps
 from runners.collect import CURVES, collect, restore
@@ -358,3 +368,107 @@ def test_numbers_of_the_table_are_those_of_the_runs(
         assert row.test == pytest.approx(min(summary["metrics"]["test"]["loss"], 1.0), rel=1e-8)
         assert row.test_root == pytest.approx(summary["metrics"]["test"]["root"], rel=1e-8)
         assert (row.device, row.steps, row.beta2, row.execution) == ("cpu", 10, 0.999, "flat")
+
+
+# -- what planning reads -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of the summaries that are read, as they are."""
+    seen: list[str] = []
+    read = Store.summary
+
+    def spy(self: Store, run_id: str) -> Any:
+        seen.append(run_id)
+        return read(self, run_id)
+
+    monkeypatch.setattr(Store, "summary", spy)
+    return seen
+
+
+def test_planning_reads_each_summary_once(
+    tiny_experiment: MakeExperiment, store: Store, in_process: type[InProcess], reads: list[str]
+) -> None:
+    sweep_of(tiny_experiment(), store).train(1)
+    reads.clear()
+    sweep = sweep_of(tiny_experiment(plan={**PLAN, "test_seeds": 3}), store)  # some of whose runs are missing
+    assert list(sweeps.plan_table(sweep, 1)) and len(sweep.missing()) == len(ARMS)
+    assert sorted(reads) == store.ids()
+
+
+def test_after_a_run_has_ended_only_its_summary_is_read(
+    tiny_experiment: MakeExperiment, store: Store, in_process: type[InProcess], tmp_path: Path, reads: list[str]
+) -> None:
+    trained = sweep_of(tiny_experiment(), store)
+    trained.train(1)
+    tests = [run_id for cell, run_id in trained.cells() if cell.stage == "test"]
+    ended, later = tests[0], tests[-1]
+    for run_id in (ended, later):
+        (store.root / run_id).rename(tmp_path / run_id)
+    sweep = sweep_of(tiny_experiment(), store)
+    before = sweep.missing()
+    reads.clear()
+    (tmp_path / ended).rename(store.root / ended)
+    after = sweep.missing()
+    assert set(reads) == {ended} and after == {k: cell for k, cell in before.items() if k != ended}
+    assert ended in before and later in after
+    reads.clear()
+    assert sweep.missing() == after and not reads
+
+
+def test_a_sweep_that_has_watched_knows_what_a_new_one_sees(
+    tiny_experiment: MakeExperiment, store: Store, in_process: type[InProcess], tmp_path: Path
+) -> None:
+    """Results come, go, are damaged and lose a probe in any order."""
+    experiment = tiny_experiment(overrides=("steps=10", "probes.update_quantiles=[2]"))
+    sweep_of(experiment, store).train(1)
+    ids = store.ids()
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.data())
+    def law(data: st.DataObject) -> None:
+        shared = Store(tempfile.mkdtemp(dir=tmp_path))
+        watching = sweep_of(experiment, shared)
+        for _ in range(data.draw(st.integers(1, 4))):
+            for run_id in data.draw(st.lists(st.sampled_from(ids), unique=True)):
+                shared.set_aside(run_id)
+                how = data.draw(st.sampled_from(["there", "there", "there", "gone", "damaged", "without its probe"]))
+                if how == "gone":
+                    continue
+                shutil.copytree(store.root / run_id, shared.root / run_id)
+                summary = shared.root / run_id / "summary.json"
+                if how == "damaged":
+                    summary.write_text("{")
+                elif how == "without its probe":
+                    values = json.loads(summary.read_text())
+                    summary.write_text(json.dumps({**values, "probes": {**values["probes"], "update_quantiles": []}}))
+            missing = watching.missing()
+            new = sweep_of(experiment, shared)
+            assert watching.cells() == new.cells()
+            assert missing == watching.missing() == new.missing()
+
+    law()
+
+
+@pytest.mark.parametrize("rows", [3, 10, 2**20])
+def test_tables_are_the_bytes_that_pandas_would_give(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the row groups, also where runs differ in their columns and have gaps."""
+    monkeypatch.setattr(collecting, "ROWS", rows)
+    monkeypatch.setattr(collecting, "JOINED", 2)
+    frames = {
+        f"run{i}": pd.DataFrame({
+            "step": range(1, 3 + i), "lr": 0.1 * i, "loss": np.linspace(0, i, 2 + i, dtype=np.float32),
+            **({"gradient_l1": np.array([np.nan, *range(1 + i)], np.float32)} if i in (2, 3) else {}),
+        })
+        for i in range(5)
+    }  # fmt: skip
+    stack = collecting._Stack()
+    for run_id, frame in frames.items():
+        stack.add(run_id, frame.to_parquet(index=False))
+    whole = pa.Table.from_pandas(
+        pd.concat([f.assign(run=k) for k, f in frames.items()], ignore_index=True), preserve_index=False
+    )
+    expected = io.BytesIO()
+    pq.write_table(whole, expected, compression="zstd", compression_level=12, row_group_size=rows)
+    assert stack.parquet(()) == expected.getvalue()
