@@ -89,10 +89,16 @@ def row(cell: Cell, run_id: str, result: Result) -> dict[str, Any]:
         "beta2": cell.run.optimizer.second_moment_beta,
         "seconds": round(summary["seconds"]["train"], 3),
         **{k: summary["environment"][k] for k in ("device", "device_name", "torch")},
-        "execution": result.config["execution"],
+        "execution": execution(result.config),
         "precision": result.config["precision"],
         "run": run_id,
     }
+
+
+def execution(config: dict[str, Any]) -> str:
+    """How a run was executed, in words: the optimizer's step, and the model where it was not run eagerly."""
+    model = config.get("model_execution", "eager")
+    return str(config["execution"]) if model == "eager" else f"{config['execution']} with a {model} model"
 
 
 def restore(folder: Path, store: Store) -> tuple[int, int]:

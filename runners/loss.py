@@ -7,8 +7,9 @@ seed, optimizer or learning rate: parameters, buffers and data are what the prog
 
 What a program is depends on nothing but its task, precision and shape, so that the bits of a run do not depend on
 which runs the process had before. Therefore shapes are never generalised: a program for all shapes would depend on
-the shape that came first. Dropout draws the numbers that it draws in eager mode, from torch's generator. Evaluation,
-initialisation and the statistics of averaged weights are eager in any case.
+the shape that came first. Dropout draws the numbers that it draws in eager mode, from torch's generator, but for that
+between the layers of an LSTM, which draws others. Evaluation, initialisation and the statistics of averaged weights are
+eager in any case.
 
 There are no CUDA graphs here.
 """
@@ -74,7 +75,7 @@ def compiler_there(device: torch.device) -> None:
 
 
 def _compiled_loss(key: str, precision: str, task: Task, model: nn.Module, batch: Any) -> Tensor:
-    program = _program(key, precision, _shapes(batch))
+    program = _program(key, precision, shapes(batch))
     try:
         loss: Tensor = program(task, model, batch)
     except _cannot_compile() as error:
@@ -83,9 +84,9 @@ def _compiled_loss(key: str, precision: str, task: Task, model: nn.Module, batch
     return loss
 
 
-def _shapes(batch: Any) -> Shapes:
+def shapes(batch: Any) -> Shapes:
     """The shapes of a batch of tensors, or of whatever it is made of."""
-    return tuple(map(_shapes, batch)) if isinstance(batch, tuple | list) else tuple(getattr(batch, "shape", ()))
+    return tuple(map(shapes, batch)) if isinstance(batch, tuple | list) else tuple(getattr(batch, "shape", ()))
 
 
 @functools.lru_cache(maxsize=256)

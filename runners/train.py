@@ -58,12 +58,14 @@ class Training:
         self.recorder = Recorder(run, self.model, device)
         self.loss = loss_of(run, task, self.model)
 
-    def steps(self, first: int = 0) -> Iterator[tuple[int, int | None]]:
+    def steps(self, first: int = 0, every: int | None = None) -> Iterator[tuple[int, int | None]]:
         """Train from step ``first`` + 1 to the end of the budget, or to where the run is found to have diverged.
 
         Yields:
-            at every look at the losses: the step, and the one at which the run has diverged, if it has.
+            at every look at the losses, ``every`` steps (CHECK_EVERY) and at the end: the step, and the one at which
+            the run has diverged, if it has.
         """
+        every = every or CHECK_EVERY
         bound = DIVERGED_ABOVE * self.task.initial_loss
         batches = self.task.batches(self.run.seed, start=first)
         self.model.train()
@@ -74,7 +76,7 @@ class Training:
             self.recorder.before_step(t, loss)
             self.optimizer.step(loss=loss)
             self.recorder.after_step(t)
-            if t % CHECK_EVERY == 0 or t == self.run.steps:
+            if t % every == 0 or t == self.run.steps:
                 diverged = self.recorder.first_bad(bound, t)
                 yield t, diverged
                 if diverged is not None:
