@@ -25,7 +25,8 @@ from runners.config import UserError
 from runners.experiment import Claim
 
 COMPARABLE = ("device", "device_name", "torch", "execution", "precision", "steps")
-"""What must agree between the runs that a verdict pairs, and the pilot that gave its margin."""
+"""What must agree between the runs that a verdict pairs, and the pilot that gave its margin. What an experiment
+declares to compare may differ between the arms, and must agree within each."""
 ALL = "all tasks"
 
 
@@ -96,7 +97,8 @@ def _rows(results: Results, name: str, claim: Claim, task: str) -> list[dict[str
             arms = [_seeds(results, high, arm, task, plan.test_seeds) for arm in (claim.arm, reference)]
             pairs.append(("high", arms[0], arms[1]))
     pilot = of_task[of_task.stage == "pilot"]
-    return [_row(name, claim, task, at, arm, ref, pilot, limits) for at, arm, ref in pairs]
+    compares = results.experiment.compares
+    return [_row(name, claim, task, at, arm, ref, pilot, limits, compares) for at, arm, ref in pairs]
 
 
 def _seeds(results: Results, runs: pd.DataFrame, arm: str, task: str, count: int) -> pd.DataFrame:
@@ -118,6 +120,7 @@ def _row(
     reference: pd.DataFrame,
     pilot: pd.DataFrame,
     limits: Margin,
+    compares: tuple[str, ...],
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "claim": name,
@@ -135,8 +138,13 @@ def _row(
         "margin": limits.value,
         "sd_pilot": limits.sd,
     }
-    whole = pd.concat([arm, reference, pilot])
-    differing = [column for column in COMPARABLE if whole[column].nunique() > 1]
+    of_reference = pd.concat([reference, pilot])
+    whole = pd.concat([arm, of_reference])
+    differing = [
+        column
+        for column in COMPARABLE
+        if any(part[column].nunique() > 1 for part in ((arm, of_reference) if column in compares else (whole,)))
+    ]
     if differing:
         return {**row, "verdict": "not comparable", "reason": f"runs differ in {', '.join(differing)}"}
     if limits.value == 0:

@@ -1,17 +1,295 @@
-"""A training step."""
+"""A training step as a run takes it, against a plain loop, against itself without the harness, and in faster ways.
+
+Of each task, all on one thread of a CPU, or on the GPU:
+
+    plain loop  DataLoader, the eager model, torch.optim.Adam(fused=True), no logging, no checks
+    bare        the model, batches and optimizer of a run, and nothing else
+    ours        runners.train's own loop without probes: loss, rate, checks for divergence
+    probed      the same with the norms of gradient and update at every step
+    bfloat16, channels_last, compiled, everything
+                ours in that way; everything is all of them, and the optimizer compiled too
+
+A turn has the steps between two looks at the losses, fewer where they would last longer than TURN: then the looks come
+oftener than in a run, and what they cost shows as more. Where batches differ in shape, ours are of the commonest one.
+"""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from runners.config import Place
+from bench.measure import fastest, interleaved, ratio
+from runners.config import Place, Probes, Run, UserError, compose_run
+from runners.loss import compiler_there, loss_of, shapes
+from runners.plain import LOOPS, Batches
+from runners.timing import Stepper
+from runners.train import CHECK_EVERY, Training, prepare
 
 TITLE = "A training step"
 
+EMBEDDED: dict[str, list[str]] = {
+    name: [f"task={name}"] for name in ("digits_resnet", "pydocs_lstm", "phrases_transformer")
+}
+REAL: dict[str, list[str]] = {
+    "cifar10_resnet8": ["task=cifar10_resnet", "task.depth=8"],
+    "cifar10_resnet20": ["task=cifar10_resnet", "task.depth=20"],
+    "ptb_lstm_small": ["task=ptb_lstm_small"],
+    "multi30k_transformer": ["task=multi30k_transformer"],
+}
+"""Measured where there is a data root that has them."""
+
+COMPILED, CHANNELS_LAST = ["model_execution=compiled"], ["task.channels_last=true"]
+BFLOAT16 = ["precision=bfloat16"]
+TURN, ROUNDS, BUDGET = 0.5, 20, 20_000
+"""Seconds of a turn, turns of each, and the budget of the runs, of which they take the first steps."""
+
+
+class PlainTask(Protocol):
+    """What a plain loop needs of a task: as runners.plain has it for the papers' tasks."""
+
+    def epoch(self) -> Batches:
+        """The batches of an epoch."""
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        """The loss of one of them."""
+
+
+class Digits(Dataset[Any]):
+    """Digits that are shifted one by one."""
+
+    def __init__(self, task: Any) -> None:
+        self.images, self.labels = task.data["train"]
+        self.batch_size, self.size = task.batch_size, self.images.shape[-1] - 2
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row, column = torch.randint(3, (2,)).tolist()
+        return self.images[index, None, row : row + self.size, column : column + self.size], self.labels[index]
+
+    def epoch(self) -> Batches:
+        return DataLoader(self, self.batch_size, shuffle=True, drop_last=True)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Topics:
+    """The documentation as parallel streams, in windows."""
+
+    def __init__(self, task: Any) -> None:
+        self.text, self.streams, self.bptt = task.data["train"], task.batch_size, task.bptt
+
+    def epoch(self) -> Batches:
+        length = len(self.text) // self.streams
+        text = self.text[: length * self.streams].view(self.streams, length).T
+        self.state: Tensor | None = None
+        starts = range(0, length - self.bptt, self.bptt)
+        return [(text[i : i + self.bptt], text[i + 1 : i + 1 + self.bptt]) for i in starts]
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        state = torch.zeros_like(model.carried) if self.state is None else self.state.detach()
+        logits, self.state = model.unroll(batch[0], state)
+        return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+
+
+class Phrases:
+    """Padded phrases."""
+
+    def __init__(self, task: Any) -> None:
+        self.data, self.batch_size = TensorDataset(*task.data["train"]), task.batch_size
+
+    def epoch(self) -> Batches:
+        return DataLoader(self.data, self.batch_size, shuffle=True, drop_last=True)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        source, before, target = batch
+        return F.cross_entropy(model(source, before).flatten(0, 1), target.flatten(), ignore_index=model.padding)
+
+
+PLAIN: dict[str, Callable[[Any], PlainTask]] = {
+    "digits_resnet": Digits, "pydocs_lstm": Topics, "phrases_transformer": Phrases,
+    "cifar10_resnet8": LOOPS["cifar10_resnet"], "cifar10_resnet20": LOOPS["cifar10_resnet"],
+    "ptb_lstm_small": LOOPS["ptb_lstm"], "multi30k_transformer": LOOPS["multi30k_transformer"],
+}  # fmt: skip
+
+
+def plain_loop(name: str, run: Run, device: torch.device) -> Iterator[Tensor]:
+    """What anyone would write, a step at a time; the data stays in memory, as a DataLoader wants it."""
+    loop = PLAIN[name](run.task)
+    model = run.task.model().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=True)
+    while True:
+        for batch in loop.epoch():
+            loss = loop.loss(model, [part.to(device) for part in batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss
+
+
+def bare(run: Run) -> Iterator[Tensor]:
+    """The steps of a run without anything around them."""
+    stepper = Stepper(run)
+    for batch in stepper.batches:
+        yield stepper.step(batch)
+
+
+def turn(steps: Iterator[Any], count: int) -> Callable[[], None]:
+    """The next ``count`` of some steps."""
+
+    def take() -> None:
+        for _ in itertools.islice(steps, count):
+            pass
+
+    return take
+
+
+def composed(words: list[str], place: Place) -> Run:
+    """A run whose task is prepared and has batches of one shape."""
+    run, _ = compose_run([*words, "decay=constant", f"steps={BUDGET}", "probes.norms=[]"])
+    prepare(run.task, place)
+    if not run.task.one_shape:
+        draw: Any = run.task.batches
+        ((common, _),) = Counter(map(shapes, itertools.islice(draw(0), 100))).most_common(1)
+        run.task.batches = lambda *of: (b for b in draw(*of) if shapes(b) == common)  # type: ignore[method-assign]
+    return run
+
+
+def ways(words: list[str], compiled: bool) -> dict[str, list[str]]:
+    """The faster ways of a task in words of a run."""
+    layout = CHANNELS_LAST if hasattr(compose_run(words)[0].task, "channels_last") else []
+    found = {"bfloat16": BFLOAT16, **({"channels_last": CHANNELS_LAST} if layout else {})}
+    if compiled:
+        found |= {"compiled": COMPILED, "everything": [*COMPILED, *BFLOAT16, *layout, "execution=compiled"]}
+    return found
+
+
+def of_task(
+    name: str, words: list[str], place: Place, compiled: bool, rounds: int = ROUNDS, turn_s: float = TURN
+) -> pd.DataFrame:
+    """The rows of a task."""
+    device = place.torch_device()
+    run = composed(words, place)
+    cpu = run if device.type == "cpu" else composed(words, Place(device="cpu", data_root=place.data_root))
+    count = max(1, min(CHECK_EVERY, round(turn_s / Stepper(run).seconds(2))))
+    faster = ways(words, compiled)
+    calls = {"plain loop": turn(plain_loop(name, cpu, device), count), "bare": turn(bare(run), count)}
+    runs = {
+        "ours": run,
+        "probed": run.replace(probes=Probes(norms="all")),
+        **{way: composed([*words, *more], place) for way, more in faster.items()},
+    }
+    for way, one in runs.items():
+        # One item is all the steps from look to look.
+        calls[way] = turn(Training(one, one.task, device).steps(every=count), 1)
+    seconds = interleaved(calls, rounds, device, turn=0.0)
+    kind = type(run.task)
+    listed = len(Probes().steps("norms", kind.steps)) / kind.steps
+    table = pd.DataFrame([
+        {"task": name, "way": way, "ms": 1000 * fastest(taken) / count,
+         "speedup": ratio(seconds["plain loop"], taken), "steps_a_turn": count, "rounds": rounds}
+        for way, taken in seconds.items()
+    ]).set_index("way")  # fmt: skip
+    table.loc["ours", "cost"] = ratio(seconds["ours"], seconds["bare"]) - 1
+    table.loc["probed", "cost"] = ratio(seconds["probed"], seconds["ours"]) - 1
+    table.loc["probed", "cost_of_default"] = table.cost["probed"] * listed
+    if compiled:
+        cold, warm = compile_seconds(runs["everything"], place)
+        table.loc["everything", ["compile_s", "compile_again_s"]] = cold, warm
+    return table.reset_index()[["task", "way", *table.columns.drop("task")]]
+
+
+def compile_seconds(run: Run, place: Place) -> tuple[float, float]:
+    """What compiling the model's passes adds to the first step of a process, and of the next process."""
+    context = multiprocessing.get_context("spawn")
+    known = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    found = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            for _ in range(2):
+                with concurrent.futures.ProcessPoolExecutor(1, context) as process:
+                    found.append(process.submit(first_step, run, place).result())
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            if known is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = known
+    return found[0], found[1]
+
+
+def first_step(run: Run, place: Place) -> float:
+    """How many seconds longer the first loss and gradient take than the second."""
+    device = prepare(run.task, place)
+    loss, batch = loss_of(run, run.task, run.task.model()), next(run.task.batches(0))
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        loss(batch).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds[0] - seconds[1]
+
 
 def measure(place: Place, quick: bool) -> pd.DataFrame:
-    """Not there yet."""
-    raise NotImplementedError
+    """All tasks whose data is there; if quick, the digits alone, without compiling."""
+    if quick:
+        return of_task("digits_resnet", EMBEDDED["digits_resnet"], place, compiled=False, rounds=2, turn_s=0.02)
+    compiled = True
+    try:
+        compiler_there(place.torch_device())
+    except UserError as error:
+        print(f"nothing is compiled: {error}")
+        compiled = False
+    tables = [of_task(name, words, place, compiled) for name, words in EMBEDDED.items()]
+    for name, words in REAL.items() if place.data else ():
+        try:
+            tables.append(of_task(name, words, place, compiled))
+        except UserError as error:
+            print(f"{name} is left out: {error}")
+    return pd.concat(tables, ignore_index=True)
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Not there yet."""
-    raise NotImplementedError
+    """Milliseconds a step of every way, and what the harness costs."""
+    order = list(dict.fromkeys(table.way))
+    names = list(dict.fromkeys(table.task))
+    wide = (
+        table.pivot(index="task", columns="way", values="ms").loc[names, order].map("{:.4g}".format, na_action="ignore")
+    )
+    best = table[~table.way.isin(["plain loop", "bare", "probed"])].groupby("task").speedup.max()
+    wide["times as fast as plain"] = best.loc[names].map("{:.2f}".format)
+    harness = pd.DataFrame({
+        "harness": table[table.way == "ours"].set_index("task").cost,
+        "a probed step": table[table.way == "probed"].set_index("task").cost,
+        "probes at their default": table[table.way == "probed"].set_index("task").cost_of_default,
+    }).loc[names].map("{:+.1%}".format)  # fmt: skip
+    parts = [
+        "Milliseconds of a step in the fastest turn, and how many times as fast as the plain loop the fastest way is "
+        "(medians of neighbouring turns, as below).",
+        wide.fillna("").to_markdown(disable_numparse=True),
+        "What the harness adds to the bare steps, and probes to those: at every step, and at the default's share of "
+        "the steps of a run of the task's own budget.",
+        harness.to_markdown(disable_numparse=True),
+    ]
+    if "compile_s" in table:
+        seconds = table.dropna(subset="compile_s").set_index("task")[["compile_s", "compile_again_s"]]
+        seconds.columns = pd.Index(["first process", "next process"])
+        parts += [
+            "Seconds to compile the model in bfloat16.",
+            seconds.map("{:.0f}".format).to_markdown(disable_numparse=True),
+        ]
+    return "\n\n".join(parts)

@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from runners.config import UserError
+from runners.config import Run, UserError
 from runners.experiment import Cell, Design, value
 from runners.store import Damaged, Result, Store, config_of, write_whole
 
@@ -101,10 +101,15 @@ def row(cell: Cell, run_id: str, summary: dict[str, Any]) -> dict[str, Any]:
         "beta2": cell.run.optimizer.second_moment_beta,
         "seconds": round(summary["seconds"]["train"], 3),
         **{k: summary["environment"][k] for k in ("device", "device_name", "torch")},
-        "execution": cell.run.execution,
+        "execution": execution(cell.run),
         "precision": cell.run.precision,
         "run": run_id,
     }
+
+
+def execution(run: Run) -> str:
+    """How a run is executed, in words: the optimizer's step, and the model where it is not run eagerly."""
+    return run.execution if run.model_execution == "eager" else f"{run.execution} with a {run.model_execution} model"
 
 
 def restore(folder: Path, store: Store) -> tuple[int, int]:

@@ -40,6 +40,7 @@ class UserError(Exception):
     """A mistake in a config, on the command line or of the machine, told in one line."""
 
 
+ModelExecution = Literal["eager", "compiled"]
 Steps = Literal["default", "all"] | tuple[Annotated[int, Field(ge=1)], ...]
 
 
@@ -97,11 +98,12 @@ class Run:
         steps: budget in optimizer steps.
         precision: float32, or bfloat16 by autocast (parameters and optimizer state stay float32).
         execution: how the optimizer's step is run, see optimizers.engine.
+        model_execution: how the model's forward and backward passes of training are run, see runners.loss.
         scaling, initialisation: see optimizers.scaling and runners.initialisations.
         later: as of a rule: fields that are left out of the id at their default.
     """
 
-    later: ClassVar[tuple[str, ...]] = ("initialisation",)
+    later: ClassVar[tuple[str, ...]] = ("initialisation", "model_execution")
 
     optimizer: Rule
     warmup: warmups.Warmup
@@ -118,6 +120,7 @@ class Run:
     execution: Execution = "flat"
     scaling: Scaling = Scaling()
     initialisation: Initialisation = Initialisation()
+    model_execution: ModelExecution = "eager"
     probes: Probes = Probes()
 
     def __post_init__(self) -> None:
@@ -140,6 +143,7 @@ class Run:
         """All that decides the result, as plain typed values; the data's fingerprint apart."""
         mode = self.weight_decay_mode or self.optimizer.weight_decay_mode
         defaults = _defaults()
+        later = {name: getattr(self, name) for name in self.later if getattr(self, name) != defaults[name]}
         return {
             **self._parts,
             # A scaling rule changes nothing but this: where its factor is 1 the run is the one without it.
@@ -153,7 +157,7 @@ class Run:
             "clip_norm": self.clip_norm,
             "precision": self.precision,
             "execution": self.execution,
-            **{name: plain(getattr(self, name)) for name in self.later if getattr(self, name) != defaults[name]},
+            **{name: value if isinstance(value, str) else plain(value) for name, value in later.items()},
         }
 
     @functools.cached_property

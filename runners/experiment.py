@@ -88,7 +88,8 @@ class Claim:
 @checked(frozen=True, config=_SCHEMA)
 class Experiment:
     """The typed content of conf/experiment/<name>.yaml. ``next`` names the experiment to go on to, which asks the
-    same with more."""
+    same with more. ``compares`` says that its arms differ in how they are executed or in precision because that is
+    the question; verdicts refuse such arms else."""
 
     name: str
     question: Annotated[str, Field(min_length=1)]
@@ -99,6 +100,7 @@ class Experiment:
     reference: str | None
     overrides: tuple[str, ...] = ()
     claims: dict[str, Claim] = Field(default_factory=dict)
+    compares: tuple[Literal["execution", "precision"], ...] = ()
     screening: bool = False
     next: str | None = None
 

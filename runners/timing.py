@@ -11,6 +11,7 @@ import torch
 from runners.collect import STEP_TIMES
 from runners.config import Run
 from runners.experiment import Design
+from runners.loss import loss_of
 from runners.store import write_whole
 from runners.train import environment, make_optimizer
 
@@ -22,21 +23,26 @@ class Stepper:
 
     def __init__(self, run: Run) -> None:
         torch.manual_seed(0)
-        self.task = run.task
         self.model = run.task.model()
         self.optimizer = make_optimizer(run, self.model)
+        self.loss = loss_of(run, run.task, self.model)
         self.batches = run.task.batches(0)
-        self.seconds(2)  # the first steps allocate
+        self.seconds(2)  # the first steps allocate and compile
+
+    def step(self, batch: Any) -> torch.Tensor:
+        """One step; the loss before it."""
+        loss = self.loss(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step(loss=loss)
+        return loss
 
     def seconds(self, steps: int) -> float:
         """Seconds of one step: the mean over some."""
         batches = list(itertools.islice(self.batches, steps))
         started = time.perf_counter()
         for batch in batches:
-            loss = self.task.loss(self.model, batch)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step(loss=loss)
+            loss = self.step(batch)
         loss.item()  # waits for the device
         return (time.perf_counter() - started) / steps
 

@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from optimizers.engine import Engine, engine_of
 from optimizers.rule import describe
 from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of
 from runners.forward import reestimated
+from runners.loss import autocast, loss_of
 from runners.probes import Recorder
 from runners.refine import refined
 from runners.store import Result, Store, write_whole
@@ -40,6 +41,46 @@ Progress = Callable[[int], None]
 
 class Interrupted(Exception):
     """The run was told to stop; it goes on from its checkpoint, if it keeps any, when it is started again."""
+
+
+class Training:
+    """The model, optimizer and records of a run, and its training steps.
+
+    Raises:
+        UserError: see runners.loss.
+    """
+
+    def __init__(self, run: Run, task: Task, device: torch.device) -> None:
+        torch.manual_seed(run.seed)
+        self.run, self.task = run, task
+        self.model = task.model()
+        self.optimizer = make_optimizer(run, self.model)
+        self.recorder = Recorder(run, self.model, device)
+        self.loss = loss_of(run, task, self.model)
+
+    def steps(self, first: int = 0, every: int | None = None) -> Iterator[tuple[int, int | None]]:
+        """Train from step ``first`` + 1 to the end of the budget, or to where the run is found to have diverged.
+
+        Yields:
+            at every look at the losses, ``every`` steps (CHECK_EVERY) and at the end: the step, and the one at which
+            the run has diverged, if it has.
+        """
+        every = every or CHECK_EVERY
+        bound = DIVERGED_ABOVE * self.task.initial_loss
+        batches = self.task.batches(self.run.seed, start=first)
+        self.model.train()
+        for t in range(first + 1, self.run.steps + 1):
+            loss = self.loss(next(batches))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.recorder.before_step(t, loss)
+            self.optimizer.step(loss=loss)
+            self.recorder.after_step(t)
+            if t % every == 0 or t == self.run.steps:
+                diverged = self.recorder.first_bad(bound, t)
+                yield t, diverged
+                if diverged is not None:
+                    return
 
 
 def train(
@@ -58,15 +99,13 @@ def train(
 
     Raises:
         Interrupted: out of ``progress``, after a checkpoint was written if checkpoints are on.
-        UserError: if the run's decay is refined from a run that is not there.
+        UserError: if the run's decay is refined from a run that is not there; and see runners.loss.
     """
     started = time.perf_counter()
     run_id = run.id(task.fingerprint())
     run = refined(run, store)
-    torch.manual_seed(run.seed)
-    model = task.model()
-    optimizer = make_optimizer(run, model)
-    recorder = Recorder(run, model, device)
+    training = Training(run, task, device)
+    model, optimizer, recorder = training.model, training.optimizer, training.recorder
     checkpoint = Checkpoint(store.checkpoint(run_id), model, optimizer, recorder)
     first = saved = checkpoint.load() if checkpoint_every else 0
     initialising = time.perf_counter()
@@ -76,41 +115,27 @@ def train(
         # A stream of its own for dropout, so that an arm that draws more numbers at initialisation changes nothing.
         torch.manual_seed(_stream(run.seed, "training"))
     initialised = time.perf_counter()
-    bound = DIVERGED_ABOVE * task.initial_loss
-    diverged: int | None = None
-    batches = task.batches(run.seed, start=first)
-    autocast = torch.autocast(device.type, torch.bfloat16) if run.precision == "bfloat16" else contextlib.nullcontext()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model.train()
-    for t in range(first + 1, run.steps + 1):
-        with autocast:
-            loss = task.loss(model, next(batches))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        recorder.before_step(t, loss)
-        optimizer.step(loss=loss)
-        recorder.after_step(t)
-        if t % CHECK_EVERY == 0 or t == run.steps:
-            diverged = recorder.first_bad(bound, t)
-            if diverged is not None:
-                break
-            if checkpoint_every and t - saved >= checkpoint_every and t < run.steps:
-                checkpoint.save(t)
-                saved = t
-            if progress is not None:
-                try:
-                    progress(t)
-                except Interrupted:
-                    if checkpoint_every and t < run.steps:
-                        checkpoint.save(t)
-                    raise
+    for t, diverged in training.steps(first):
+        if diverged is not None:
+            break
+        if checkpoint_every and t - saved >= checkpoint_every and t < run.steps:
+            checkpoint.save(t)
+            saved = t
+        if progress is not None:
+            try:
+                progress(t)
+            except Interrupted:
+                if checkpoint_every and t < run.steps:
+                    checkpoint.save(t)
+                raise
     trained = time.perf_counter()
     metrics: dict[str, dict[str, float]] = {}
     if diverged is None:
         with contextlib.ExitStack() as stack:
             averaged = stack.enter_context(optimizer.evaluation_weights())
-            stack.enter_context(autocast)
+            stack.enter_context(autocast(run, device))
             if averaged:
                 stack.enter_context(reestimated(task, model, _stream(run.seed, "evaluation")))
             for split in ("validation", "test"):

@@ -28,13 +28,15 @@ SENSITIVE = Claim(hypothesis="the assay can tell", kind="sensitivity", arm="none
 CONTROL = Claim(hypothesis="ref is like itself", kind="control")
 
 
-def experiment(claims: dict[str, Claim], tasks: tuple[str, ...] = ("t",), **plan: Any) -> Experiment:
+def experiment(
+    claims: dict[str, Claim], tasks: tuple[str, ...] = ("t",), compares: tuple[Any, ...] = (), **plan: Any
+) -> Experiment:
     values: dict[str, Any] = {
         "lrs": (LR, 0.1), "tuning_seeds": 1, "pilot_seeds": 2, "test_seeds": SEEDS, "control_seeds": SEEDS, **plan,
     }  # fmt: skip
     return Experiment(
         name="e", question="Q?", source="s", cost="c", arms={"a": (), "ref": (), "none": ()}, reference="ref",
-        tasks=dict.fromkeys(tasks, TaskPlan(**values)), claims=claims,
+        tasks=dict.fromkeys(tasks, TaskPlan(**values)), claims=claims, compares=compares,
     )  # fmt: skip
 
 
@@ -131,6 +133,38 @@ def test_runs_that_differ_in_how_they_were_made_are_not_compared(column: str, va
     row = table[table.task == "t"].iloc[0]
     assert (row.verdict, row.reason) == ("not comparable", f"runs differ in {column}")
     assert overall(table, "equivalence") == "not comparable"
+
+
+@pytest.mark.parametrize(
+    ("execution", "precision", "compares", "differing"),
+    [
+        ("compiled", "float32", ("execution",), ""),
+        ("compiled", "bfloat16", ("execution", "precision"), ""),
+        ("compiled", "bfloat16", ("execution",), "precision"),
+        ("flat", "bfloat16", ("execution",), "precision"),
+    ],
+)
+def test_arms_may_differ_in_what_the_experiment_compares(
+    execution: str, precision: str, compares: tuple[str, ...], differing: str
+) -> None:
+    rows = pilot() + arms()
+    for row in rows:
+        if row["arm"] == "a":
+            row.update(execution=execution, precision=precision)
+    row = judged(rows, EQUIVALENT, compares=compares).iloc[0]
+    expected = ("not comparable", f"runs differ in {differing}") if differing else ("supported", "")
+    assert (row.verdict, row.reason or "") == expected
+
+
+@pytest.mark.parametrize(("arm", "stage"), [("a", "test"), ("ref", "test"), ("ref", "pilot")])
+def test_and_not_within_an_arm_or_between_reference_and_pilot(arm: str, stage: str) -> None:
+    rows = pilot() + arms()
+    for row in rows:
+        if row["arm"] == "a":
+            row["execution"] = "compiled"
+    next(row for row in rows if (row["arm"], row["stage"]) == (arm, stage))["execution"] = "eager"
+    row = judged(rows, EQUIVALENT, compares=("execution",)).iloc[0]
+    assert (row.verdict, row.reason) == ("not comparable", "runs differ in execution")
 
 
 def test_a_margin_of_zero_decides_nothing() -> None:

@@ -64,6 +64,7 @@ BAD: list[tuple[list[str], str]] = [
     (["task=phrases_transformer", "task.heads=5"], "heads=5"),
     (["weight_decay_mode=coupledd"], "'none', 'coupled', 'decoupled', 'proximal' or 'internal' (got 'coupledd')"),
     (["execution=falt"], "'eager', 'flat' or 'compiled' (got 'falt')"),
+    (["model_execution=graphs"], "model_execution: input should be 'eager' or 'compiled' (got 'graphs')"),
     (["precision=fp16"], "'float32' or 'bfloat16' (got 'fp16')"),
     (["probes.norms=[0]"], "probes: norms.0: input should be greater than or equal to 1 (got 0)"),
     (["probes.norms=defualt"], "probes: norms"),
@@ -145,7 +146,7 @@ OTHER: dict[str, Any] = {
     "task": tiny_run(task={"at": 1}).task, "lr": 0.02, "seed": 2, "steps": 31, "weight_decay": 0.2,
     "weight_decay_mode": "proximal", "weight_decay_on": "matrices", "clip_norm": 1.0,
     "precision": "bfloat16", "execution": "eager", "scaling": scaling.Sqrt(base=8),
-    "initialisation": GradInit(),
+    "initialisation": GradInit(), "model_execution": "compiled",
 }  # fmt: skip
 
 
