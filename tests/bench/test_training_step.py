@@ -12,7 +12,7 @@ import torch
 from bench import training_step as part
 from runners.config import Place, compose_run
 from runners.loss import shapes
-from runners.train import prepare
+from runners.train import Training, prepare
 
 CPU = Place(device="cpu")
 
@@ -68,6 +68,8 @@ def test_a_task_with_batches_of_several_shapes_is_measured_on_one(monkeypatch: p
     monkeypatch.setattr(DigitsResNet, "one_shape", False)
     run = part.composed(part.EMBEDDED["digits_resnet"], CPU)
     assert {len(batch.labels) for _, batch in zip(range(6), run.task.batches(0), strict=False)} == {8}
+    steps = Training(run, run.task, torch.device("cpu")).steps(every=2)
+    assert [next(steps) for _ in range(2)] == [(2, None), (4, None)]
 
 
 def test_the_ways_are_those_that_a_task_has() -> None:
