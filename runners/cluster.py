@@ -252,7 +252,7 @@ class Cluster:
                 self.flying[job.run_id].where = job_id
             write_whole(self.folder / f"{job_id}.json", json.dumps({"runs": [job.run_id for job in chunk]}))
         jobs = "one job" if len(ids) == 1 else f"{len(ids)} jobs of array"
-        self.say(f"submitted {sum(map(len, chunks))} runs as {jobs} {_arrays(ids)[0]}")
+        self.say(f"submitted {_count(sum(map(len, chunks)), 'run')} as {jobs} {_arrays(ids)[0]}")
 
     def _send(self, functions: Sequence[Callable[[], Any]]) -> list[str]:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -345,7 +345,7 @@ class Cluster:
         for reason, job_ids in reasons.items():
             names = ", ".join(dict.fromkeys(job_ids))
             log = self._log(job_ids[0])
-            self.say(f"{reason}: {lost[reason]} runs not done (job {names}; log: {log})")
+            self.say(f"{reason}: {_count(lost[reason], 'run')} not done (job {names}; log: {log})")
         return events
 
     def _outcome(self, job_id: str) -> tuple[str, Any] | None:
@@ -443,6 +443,10 @@ def _executor(backend: Slurm, folder: Path) -> Any:
         slurm_additional_parameters={"requeue": True, **backend.options},
     )  # fmt: skip
     return executor
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _over(states: dict[str, tuple[str, str]], job_id: str) -> bool:

@@ -32,7 +32,7 @@ from tests.runners.tiny import Tiny
 
 HERE = Path(__file__).parent
 RUNS, JOBS = 40, 4
-PATIENCE = 300.0
+PATIENCE = 1200.0
 """Seconds that anything may take."""
 BACKEND = ["slurm", "partition=here", "cpus=1", f"runs_per_job={RUNS // JOBS}", "minutes=20", "warning_seconds=60"]
 

@@ -7,8 +7,13 @@
 set -euo pipefail
 
 dir=$(mktemp -d)
-daemons=()
+daemons=() command=()
 stop() {
+    kill "${command[@]}" 2>/dev/null || true
+    if [ ${#daemons[@]} = 3 ]; then  # jobs outlive the daemons
+        scancel --user="$me" || true
+        for _ in $(seq 150); do [ -n "$(squeue --noheader)" ] || break; sleep 0.1; done
+    fi >/dev/null 2>&1
     for pid in "${daemons[@]}"; do kill "$pid" 2>/dev/null || true; done
     for pid in "${daemons[@]}"; do
         for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
@@ -95,4 +100,7 @@ check slurmctld scontrol ping
 start slurmd -D
 check slurmd idle
 
-"$@"
+set -m  # the command keeps its Ctrl-C, and this shell does not wait to hear of its own end
+"$@" &
+command=($!)
+wait "${command[0]}"
