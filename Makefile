@@ -6,6 +6,8 @@ EXPERIMENT := $(if $(filter-out cpu,$(DEVICE)),$(if $(shell nvidia-smi -L 2>/dev
 EXPERIMENT := $(or $(EXPERIMENT),untuned_warmup_quick)
 endif
 WORKERS    ?=
+# A file in conf/backend/, and changes to it: "slurm partition=gpu gpus=1".
+BACKEND    ?= local
 STORE      ?= runs
 PYTHON     ?= python3
 
@@ -13,16 +15,17 @@ BIN    := .venv/bin
 READY  := .venv/ready
 SWEEP   = $(BIN)/python -m runners.sweep
 TABLES  = results/$(EXPERIMENT)
-PLACE   = --device $(DEVICE) --store $(STORE) $(if $(WORKERS),--workers $(WORKERS))
+PLACE   = --device $(DEVICE) --store $(STORE) $(if $(WORKERS),--workers $(WORKERS)) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan status figures collect restore bench test lint format lock clean
+.PHONY: help setup sweep plan status figures collect restore bench test test-slurm lint format lock clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  EXPERIMENT=$(EXPERIMENT)   one of: $(basename $(notdir $(wildcard conf/experiment/*.yaml)))"
 	@echo "  WORKERS=<processes>  DEVICE=auto|cpu|cuda  STORE=<folder of the runs>"
+	@echo '  BACKEND=local, or jobs of a cluster: BACKEND="slurm partition=gpu gpus=1" (conf/backend/slurm.yaml has the keys)'
 
 setup: $(READY)  ## make the .venv (done by every other command on first use)
 
@@ -60,6 +63,9 @@ bench: $(READY)  ## measure how fast all this is, side by side with plain torch 
 
 test: $(READY)  ## the tests, a miniature sweep end to end among them
 	@$(BIN)/python -m pytest
+
+test-slurm: $(READY)  ## a sweep beside a real SLURM on this machine, which it installs (Debian, root) and stops
+	@tests/slurm/with_slurm.sh $(BIN)/python -m tests.slurm.check
 
 lint: $(READY)  ## ruff, mypy and the one-way imports between the packages
 	@$(BIN)/ruff check .

@@ -6,41 +6,47 @@ unfinished one has so far, ``restore`` puts such results, or the tables of a who
 """
 
 import argparse
+import dataclasses
+import math
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from runners import backend as backends
 from runners import experiment as experiments
+from runners.backend import Slurm
+from runners.cluster import Cluster, time_steps
 from runners.collect import collect, restore
 from runners.config import ROOT, Place, Run, UserError, first_line, name_of, plain
 from runners.experiment import Cell, Design
 from runners.finished import Finished
 from runners.refine import refined
 from runners.store import Store
-from runners.timing import Stepper, write_step_times
+from runners.timing import Stepper, step_times_known, write_step_times
 from runners.train import prepare
-from runners.worker import Job, Pool
+from runners.worker import Job, Pool, Workers
 from tasks.task import Task
-
-TRIES = 2
-"""How often a sweep starts a run whose worker process was killed."""
 
 
 class Sweep:
     """An experiment over a store: which runs it needs, which are there, and training the rest."""
 
-    def __init__(self, design: Design, store: Store, place: Place, console: Console) -> None:
+    def __init__(
+        self, design: Design, store: Store, place: Place, console: Console, elsewhere: torch.device | None = None
+    ) -> None:
+        """``elsewhere``: what the runs are trained on if not on this machine, where nothing is timed then."""
         self.design, self.store, self.place, self.console = design, store, place, console
-        self.device = place.torch_device()
+        self.device, self.here = elsewhere or place.torch_device(), elsewhere is None
         self.fingerprints: dict[tuple[str, str], str] = {}
         tasks: dict[str, Task] = {}
         for place_in_design, run in design.base.items():
@@ -121,23 +127,27 @@ class Sweep:
         return {task: sum(of) / len(of) if of else self._timed(first[task]) for task, of in known.items()}
 
     def _timed(self, run: Run) -> float:
+        if not self.here:
+            return math.nan
         try:
             return Stepper(run).seconds(4) * run.steps
         except Exception as error:  # the worker that trains it will record what is wrong
             self.console.print(f"cannot time a step of {name_of(run.task)}: {first_line(error)}", style="red")
             return 0.0
 
-    def train(self, workers: int) -> dict[str, int]:
-        """Train all that is missing; the counts of how the runs ended. Raises KeyboardInterrupt when stopped."""
+    def train(self, workers: int, given: Workers | None = None) -> dict[str, int]:
+        """Train all that is missing, by worker processes here or what is given instead; the counts of how the runs
+        ended. Raises KeyboardInterrupt when stopped."""
         counts = dict.fromkeys(("done", "diverged", "error"), 0)
-        gave_up: set[str] = set()  # errors, and runs whose workers keep dying: not again in this sweep
-        deaths: dict[str, int] = {}
+        gave_up: set[str] = set()  # errors, and runs that their jobs lost: not again in this sweep
         elsewhere: dict[str, Cell] = {}
         pending: list[tuple[str, Cell]] = []
-        with Pool(self.place, workers) as pool, Display(self.console, self.seconds_a_run) as display:
+        waiting = 0
+        seconds = self.seconds_a_run
+        with Display(self.console, seconds) as display, given or Pool(self.place, workers) as pool:
             replan = True
             while True:
-                if replan or (pool.idle and not pending):
+                if replan or (elsewhere and pool.idle and not pending):
                     flying = {job.run_id for job in pool.busy}
                     missing = self.missing()
                     elsewhere = {k: c for k, c in elsewhere.items() if k in missing and self.store.claimed(k)}
@@ -152,32 +162,31 @@ class Sweep:
                 if not pool.busy and not pending:
                     if not elsewhere:
                         return counts
-                    display.say(f"waiting for {len(elsewhere)} runs that another sweep is at")
+                    if len(elsewhere) != waiting:
+                        waiting = len(elsewhere)
+                        display.say(f"waiting for {waiting} runs that another sweep is at")
                     time.sleep(2)
                 for event in pool.events(timeout=1.0):
                     run_id = event.job.run_id
                     if event.kind == "step":
                         display.step(run_id, event.step)
                         continue
+                    if event.kind == "again":
+                        display.say(f"{run_id}: {event.text}")
+                        continue
                     display.ended(run_id)
                     replan = True
-                    if event.kind in counts:
-                        counts[event.kind] += 1
+                    if event.kind in (*counts, "lost"):
+                        counts[event.kind] = counts.get(event.kind, 0) + 1
                     if event.kind == "failed":
                         raise UserError(event.text)
                     if event.kind == "elsewhere":
                         elsewhere[run_id] = next(c for c, k in self.cells() if k == run_id)
-                    elif event.kind == "died":
-                        deaths[run_id] = deaths.get(run_id, 0) + 1
-                        display.say(f"{run_id}: {event.text}" + ("; again" if deaths[run_id] < TRIES else ""))
-                        if deaths[run_id] >= TRIES:
-                            gave_up.add(run_id)
-                            counts["error"] += 1
-                            self.store.record_error(run_id, event.text, event.job.run.science)
-                    elif event.kind == "error":
+                    elif event.kind in ("error", "lost"):
                         gave_up.add(run_id)
-                        display.say(f"{run_id}: {event.text}")
-                display.tick()
+                        if event.text:
+                            display.say(f"{run_id}: {event.text}")
+                display.tick(pool.status)
 
     def _later(self, left: Counter[str]) -> Counter[str]:
         """Runs, by task, of stages that are not determined yet because tuning is not finished."""
@@ -195,7 +204,10 @@ class Display:
     """Progress: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console, seconds_a_run: dict[str, float]) -> None:
-        self.console, self.seconds = console, seconds_a_run
+        self.console = console
+        # Where nobody knows how long the runs of a task take, all runs count alike.
+        known = all(s > 0 for s in seconds_a_run.values())
+        self.seconds = seconds_a_run if known else dict.fromkeys(seconds_a_run, 1.0)
         self.live = console.is_terminal
         self.started = time.monotonic()
         self.bar = Progress(
@@ -239,8 +251,8 @@ class Display:
         """A line above the bar."""
         self.bar.console.print(text, highlight=False)
 
-    def tick(self) -> None:
-        """Redraw."""
+    def tick(self, status: str = "") -> None:
+        """Redraw, with a word on who is at work."""
         ended = sum(self.counts.values())
         total = ended + self.left.total()
         elapsed = time.monotonic() - self.started
@@ -249,15 +261,16 @@ class Display:
         left = sum(self.seconds[task] * n for task, n in self.left.items()) - flying
         done = self.work + flying
         eta = f"about {_duration(elapsed * left / done)} left" if elapsed > 20 and done else ""
-        counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
+        counts = "; ".join(filter(None, [", ".join(f"{n} {kind}" for kind, n in self.counts.items()), status]))
         if self.live:
             self.bar.update(self.item, total=total, completed=ended, eta=eta, counts=counts)
         elif time.monotonic() - self.said >= 30 and elapsed > 20:
             self.said = time.monotonic()
-            self.console.print(f"{ended}/{total} runs in {_duration(elapsed)}: {counts}; {eta}", highlight=False)
+            line = "; ".join(filter(None, [f"{ended}/{total} runs in {_duration(elapsed)}: {counts}", eta]))
+            self.console.print(line, highlight=False)
 
 
-def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
+def plan_table(sweep: Sweep, workers: int, cluster: Slurm | None = None) -> Iterator[Any]:
     """The plan, for the console: arms x tasks x grid = runs, how many are done, the time for the rest."""
     experiment = sweep.design.experiment
     sizes, seconds = sweep.design.size(), sweep.seconds_a_run
@@ -281,17 +294,19 @@ def plan_table(sweep: Sweep, workers: int) -> Iterator[Any]:
         steps = next(r for (_, t), r in sweep.design.base.items() if t == task).steps
         table.add_row(
             task, str(steps), experiment.grid(task), f"{'' if tuned else '≥ '}{runs}", str(finished),
-            f"{seconds[task]:.1f}", _duration(left),
+            "?" if math.isnan(seconds[task]) else f"{seconds[task]:.1f}", _duration(left),
         )  # fmt: skip
     yield table
     arms = ", ".join(experiment.arms)
     yield f"{len(experiment.arms)} arms ({arms}) x {len(experiment.tasks)} tasks; seeds by stage: " + "; ".join(
         f"{task} " + " + ".join(f"{n} {stage}" for stage, n in stages.items() if n) for task, stages in sizes.items()
     )
-    yield (
-        f"{runs_total} runs, {done_total} done; {_duration(left_total / workers)} left with {workers} "
-        f"worker{'s' if workers > 1 else ''} on {sweep.device}; stated cost: {experiment.cost}"
-    )
+    rest = f"{_duration(left_total / workers)} left with {workers} worker{'s' if workers > 1 else ''}"
+    if cluster is not None:
+        partition = f" of {cluster.partition}" if cluster.partition else ""
+        time_left = "an unknown time" if math.isnan(left_total) else _duration(left_total)
+        rest = f"{time_left} of training left, at most {cluster.runs_per_job} runs to a job{partition}"
+    yield f"{runs_total} runs, {done_total} done; {rest} on {sweep.device}; stated cost: {experiment.cost}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -299,12 +314,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m runners.sweep", description=__doc__)
     parser.add_argument("command", choices=["run", "plan", "status", "collect", "restore"])
     parser.add_argument("experiment", help="a file in conf/experiment/, without .yaml")
+    parser.add_argument(
+        "--backend", nargs="+", default=["local"], metavar=("NAME", "KEY=VALUE"),
+        help="a file in conf/backend/, without .yaml, and changes to it: slurm partition=gpu gpus=1",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core; one on a GPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--store", default=str(ROOT / "runs"), help="folder of the run directories")
     parser.add_argument("--results", default=str(ROOT / "results"), help="folder of the tables")
     parser.add_argument("--data-root", default=None, help="folder of local data sets (or set UNTUNED_DATA)")
-    parser.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: none")
+    parser.add_argument("--checkpoint-every", type=int, default=None, help="steps between checkpoints; 0: none")
     parser.add_argument("--logger", default="none", choices=["none", "wandb"])
     words = parser.parse_args(argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -330,32 +349,50 @@ def _command(words: argparse.Namespace, console: Console) -> None:
         return
     if words.command in ("run", "collect"):
         _check_writable(folder)
+    backend = backends.load(words.backend, workers=words.workers, checkpoint_every=words.checkpoint_every)
     place = Place(
         device=words.device, store=str(store.root), data_root=words.data_root,
-        checkpoint_every=words.checkpoint_every, logger=words.logger,
+        checkpoint_every=backend.checkpoint_every, logger=words.logger,
     )  # fmt: skip
     design = Design(experiment)
-    sweep = Sweep(design, store, place, console)
-    workers = words.workers or (len(os.sched_getaffinity(0)) if sweep.device.type == "cpu" else 1)
+    cluster = backend if isinstance(backend, Slurm) else None
+    if cluster is None:
+        sweep = Sweep(design, store, place, console)
+    else:  # planning needs the data, and no GPU
+        device = place.device if place.device != "auto" else "cuda" if cluster.gpus else "cpu"
+        here = dataclasses.replace(place, device="cpu")
+        sweep = Sweep(design, store, here, console, elsewhere=_device(device))
+    workers = backend.workers or (len(os.sched_getaffinity(0)) if sweep.device.type == "cpu" else 1)
     if words.command == "status":
         _print_status(sweep, console)
         return
     if words.command == "collect" and sweep.missing():
         _collect_so_far(sweep, folder, console)
         return
-    for part in plan_table(sweep, workers):
+    for part in plan_table(sweep, workers, cluster):
         console.print(part)
     if words.command == "plan":
         return
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
     while True:
-        counts = sweep.train(workers)
+        counts = sweep.train(workers, None if cluster is None else Cluster(cluster, place, say))
+        if counts.get("lost"):
+            raise UserError(f"{counts['lost']} runs were lost by their jobs; the same command submits them again")
         damaged = collect(design, [(c, k) for c, k in sweep.cells() if sweep.summary(k, c.run)], store, folder)
         if not damaged:
             break
         for path in damaged:
             console.print(f"{path} cannot be read: set aside, the run is made again")
-    if experiment.reference is None:
-        write_step_times(design, sweep.device, folder)
+    if experiment.reference is None and not step_times_known(design, folder):
+        if cluster is None:
+            write_step_times(design, sweep.device, folder)
+        else:
+            console.print("measuring step times in a job")
+            with Cluster(cluster, place, say) as jobs:
+                jobs.call(partial(time_steps, experiment, place, folder))
     ended = ", ".join(f"{n} {kind}" for kind, n in counts.items())
     console.print(f"trained now: {ended}; tables in {folder}")
     if counts["error"]:
@@ -391,6 +428,13 @@ def _print_status(sweep: Sweep, console: Console) -> None:
     console.print(table)
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)  # of another machine: it need not be here
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: {first_line(error)}") from None
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -402,6 +446,8 @@ def _check_writable(folder: Path) -> None:
 
 
 def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

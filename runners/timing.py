@@ -65,11 +65,17 @@ def step_times(design: Design, device: torch.device) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(device_name=where["device_name"], torch=where["torch"])
 
 
+def step_times_known(design: Design, folder: Path) -> bool:
+    """Whether every arm is in ``step_times.csv``."""
+    path = folder / STEP_TIMES
+    if not path.exists():
+        return False
+    known = pd.read_csv(path)
+    return design.base.keys() <= set(zip(known.arm, known.task, strict=True))
+
+
 def write_step_times(design: Design, device: torch.device, folder: Path) -> None:
     """Write ``step_times.csv`` unless every arm is in it already."""
-    path, wanted = folder / STEP_TIMES, {(arm, task) for arm, task in design.base}
-    if path.exists():
-        known = pd.read_csv(path)
-        if wanted <= set(zip(known.arm, known.task, strict=True)):
-            return
-    write_whole(path, step_times(design, device).to_csv(index=False, float_format="%.4g").encode())
+    if not step_times_known(design, folder):
+        table = step_times(design, device)
+        write_whole(folder / STEP_TIMES, table.to_csv(index=False, float_format="%.4g").encode())

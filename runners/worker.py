@@ -9,10 +9,11 @@ import multiprocessing
 import signal
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol, Self
 
 from runners.config import Place, Probes, Run, UserError, name_of, plain
 from runners.loggers import logger_for
@@ -22,6 +23,8 @@ from tasks.task import Task
 
 REPORT_EVERY = 0.5
 """Seconds between a worker's progress reports."""
+TRIES = 2
+"""How often a run is started whose worker process is killed."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,41 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened: ``step`` (and which), or a job's end as ``done``, ``diverged``, ``error``, ``elsewhere``
-    (another sweep has it), ``interrupted``, ``died`` (the worker process is gone) or ``failed`` (the machine
-    or the store is at fault, so that other runs would fail too)."""
+    """What happened: ``step`` (and which), ``again`` (the worker process is gone, another one has begun anew), or a
+    job's end as ``done``, ``diverged``, ``error``, ``elsewhere`` (another sweep has it), ``interrupted``, ``failed``
+    (the machine or the store is at fault, so that other runs would fail too) or ``lost`` (its job on a cluster ended
+    without it)."""
 
     kind: str
     job: Job
     step: int = 0
     text: str = ""
+
+
+class Workers(Protocol):
+    """What a sweep gives its runs to. Use as a context."""
+
+    @property
+    def idle(self) -> int:
+        """How many jobs could be started now."""
+
+    @property
+    def busy(self) -> list[Job]:
+        """The jobs in flight."""
+
+    @property
+    def status(self) -> str:
+        """How they are, in a few words for the user, if there is anything to say."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None: ...
+
+    def start(self, job: Job) -> None:
+        """Take a job."""
+
+    def events(self, timeout: float) -> list[Event]:
+        """What has happened; waits at most ``timeout`` seconds for something."""
 
 
 @dataclass
@@ -53,26 +83,39 @@ class _Worker:
 
 @dataclass
 class Pool:
-    """A fixed number of worker processes. Use as a context: they are stopped at its end."""
+    """A fixed number of worker processes. Use as a context: they are stopped at its end.
+
+    Attributes:
+        patience: seconds that stopped workers have for their checkpoints.
+    """
 
     place: Place
     count: int
+    patience: float = 20.0
+    status: str = ""
     workers: list[_Worker] = field(default_factory=list)
+    deaths: Counter[str] = field(default_factory=Counter)
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the workers; of the runs in flight checkpoints are left, if they keep any."""
+        until = time.monotonic() + self.patience
         for worker in self.workers:
             if worker.job is not None:
                 worker.process.terminate()  # it writes its checkpoint, if it keeps any
             with contextlib.suppress(OSError):
                 worker.pipe.send(None)
         for worker in self.workers:
-            worker.process.join(timeout=20)
+            worker.process.join(timeout=max(0.0, until - time.monotonic()))
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
+        self.workers.clear()
 
     @property
     def idle(self) -> int:
@@ -113,8 +156,16 @@ class Pool:
                 self.workers.remove(worker)
                 if worker.job is not None:
                     code = worker.process.exitcode
-                    events.append(Event("died", worker.job, text=f"its worker process ended with code {code}"))
+                    events.append(self._died(worker.job, f"its worker process ended with code {code}"))
         return events
+
+    def _died(self, job: Job, text: str) -> Event:
+        self.deaths[job.run_id] += 1
+        if self.deaths[job.run_id] < TRIES:
+            self.start(job)
+            return Event("again", job, text=f"{text}; again")
+        Store(self.place.store).record_error(job.run_id, text, job.run.science)
+        return Event("error", job, text=text)
 
     def _spawn(self) -> _Worker:
         # spawn, not fork: a forked child of a process that has used torch's threads or CUDA can hang.
@@ -136,7 +187,9 @@ def serve(pipe: Connection, place: Place) -> None:
         nonlocal stopped
         stopped = True
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    # Ctrl-C, and what a cluster announces the end of a job's time with, reach the whole group; the parent decides.
+    for warning in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(warning, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, stop)
     tasks: dict[str, Task] = {}
     while not stopped:
@@ -176,7 +229,7 @@ def carry_out(job: Job, place: Place, tasks: dict[str, Task], progress: Any = No
                 if summary is not None:
                     recorded = Probes(**summary["probes"])
                     if recorded.covers(job.run.probes, job.run.steps):
-                        return Event(summary["status"], job)  # another sweep was faster
+                        return Event(summary["status"], job, text="was there already")  # another sweep was faster
                     # What is there stays there: else two experiments would replace each other's result for ever.
                     probes = job.run.probes.with_those_of(recorded, job.run.steps)
                     job = Job(job.run_id, job.run.replace(probes=probes))

@@ -79,7 +79,9 @@ class InProcess:
     stop_after: int | None = None
     """Raise KeyboardInterrupt, as Ctrl-C would, after so many jobs."""
 
-    def __init__(self, place: Place, count: int) -> None:
+    status = ""
+
+    def __init__(self, place: Place, count: int, patience: float = 0.0) -> None:
         self.place, self.count = place, count
         self.queue: list[Job] = []
         self.tasks: dict[str, Any] = {}
