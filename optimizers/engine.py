@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import numbers
-import types
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from optimizers.decays import Decay
+from optimizers.execution import NoCompiler, run, run_compiled
+from optimizers.layout import ALONE, Layouts, places
 from optimizers.rule import HALF, WEIGHT_DECAY_MODES, Rule, Scalars, State, WeightDecayMode, available, describe
 from optimizers.warmups import Warmup
 
@@ -29,6 +30,9 @@ Execution = Literal["eager", "flat", "compiled"]
 
 # Coefficients are computed for this many steps at a time: a table a chunk, not a tensor a step.
 CHUNK = 1024
+
+
+_SPARSE = operator.attrgetter("grad.is_sparse")
 
 
 class Engine(torch.optim.Optimizer):
@@ -51,9 +55,12 @@ class Engine(torch.optim.Optimizer):
         warmup, decay: schedules, functions of the number of ``step()`` calls.
         steps: the budget of the run, which most decays need.
         execution: ``eager``: tensor by tensor; ``flat``: all tensors of a group copied into one, updated and
-            copied back, which is fastest where there are many small ones; ``compiled``: as flat, through
-            torch.compile. They agree up to rounding. A rule with a norm for each tensor is never flattened; one with
-            a norm over all tensors always is, by group, dtype, device and number of updates.
+            copied back, which is fastest without a compiler where there are many small ones; ``compiled``: by
+            torch.compile, large tensors where they are and small ones joined as in flat. An elementwise rule is
+            compiled once a process, for models of all shapes, which takes seconds; on disk the program stays for other
+            processes. Where torch.compile does not work, say without a C++ compiler, a warning says so and execution
+            is flat. They agree up to rounding. A rule with a norm for each tensor is never flattened; one with a norm
+            over all tensors always is, by group, dtype, device and number of updates.
         hyper: hyper-parameters of the rule; ``betas=(.9, .999)`` is understood as ``beta1=.9, beta2=.999``.
 
     Raises:
@@ -100,7 +107,7 @@ class Engine(torch.optim.Optimizer):
         self.warmup, self.decay, self.steps = warmup or Warmup(), decay or Decay(), steps
         self.clip_norm, self.execution = clip_norm, execution
         self._rules: dict[int, tuple[dict[str, Any], Rule]] = {}
-        self._flat: dict[tuple[int, ...], tuple[State, dict[str, list[Tensor]]]] = {}
+        self._layouts = Layouts()
         rule = self._make_rule(_without_betas(hyper))
         mode = weight_decay_mode or rule.weight_decay_mode
         defaults = {"lr": lr, "weight_decay": weight_decay, "weight_decay_mode": mode, "step": 0}
@@ -193,23 +200,24 @@ class Engine(torch.optim.Optimizer):
                 stacklevel=2,
             )
             return returned
-        if any(p.grad.is_sparse or p.is_complex() for p in everything):
+        if any(map(_SPARSE, everything)) or any(map(Tensor.is_complex, everything)):
             raise ValueError("sparse gradients (use sparse=False) and complex parameters are not supported")
         given = self._given_loss(returned if loss is None else loss)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(everything, self.clip_norm)
         for index, params in enumerate(with_grad):
             group, rule = self.param_groups[index], self._rule(index)
+            grads = [p.grad for p in params]
             group["step"] += 1
             lr = float(group["lr"]) * self.schedule(group["step"], rule.second_moment_beta)
-            for p in params:
-                state = self.state[p]
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
                 if not state:
                     state.update(step=0, **rule.init(p))
                 state["step"] += 1
-            params.sort(key=lambda p: self.state[p]["step"])
-            for t, same in itertools.groupby(params, key=lambda p: self.state[p]["step"]):
-                self._advance(rule, group, list(same), _coefficients(rule, t), lr, given)
+            for t, at in places([state["step"] for state in states]).items():
+                same = ([params[i] for i in at], [grads[i] for i in at], [states[i] for i in at])
+                self._advance(rule, group, *same, _coefficients(rule, t), lr, given)
         return returned
 
     def _given_loss(self, loss: Any) -> Scalars:
@@ -227,6 +235,8 @@ class Engine(torch.optim.Optimizer):
         rule: Rule,
         group: dict[str, Any],
         params: list[Any],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
         c: dict[str, float],
         lr: float,
         given: Scalars,
@@ -234,18 +244,14 @@ class Engine(torch.optim.Optimizer):
         decay = group["weight_decay"]
         mode: WeightDecayMode = group["weight_decay_mode"] if decay else "none"
         if not rule.joint and (self.execution == "eager" or not rule.elementwise):
-            states = [{k: v for k, v in self.state[p].items() if k != "step"} for p in params]
-            self._update(rule, mode, params, [p.grad for p in params], states, c, lr, decay, given)
+            own = [{k: v for k, v in state.items() if k != "step"} for state in states]
+            self._update(rule, mode, params, grads, own, c, lr, decay, given)
             return
-        alike: dict[Any, list[Any]] = {}
-        for p in params:
-            alike.setdefault((p.dtype, p.device), []).append(p)
-        for same in alike.values():
-            # Copies in and out: the parameters and gradients themselves stay where the user has them.
-            flat = _flatten_dense_tensors(same)
-            grad = _flatten_dense_tensors([p.grad for p in same])
-            self._update(rule, mode, [flat], [grad], [self._flat_state(same)], c, lr, decay, given)
-            torch._foreach_copy_(same, _unflatten_dense_tensors(flat, same))
+        alone = ALONE if self.execution == "compiled" and rule.elementwise else math.inf
+        for layout in self._layouts.of(params, states, alone):
+            vectors = layout.gather(grads)
+            self._update(rule, mode, layout.vectors, vectors, layout.states, c, lr, decay, given)
+            layout.scatter()
 
     def _update(
         self,
@@ -260,38 +266,16 @@ class Engine(torch.optim.Optimizer):
         given: Scalars,
     ) -> None:
         if self.execution == "compiled":
-            # 0-d tensors, so that a new value is not a new program; on the CPU, which every kernel can read.
-            scalars = {k: torch.tensor(v, dtype=torch.float64) for k, v in c.items()} | given
-            rates = torch.tensor([lr, decay], dtype=torch.float64)
-            _compiled(rule, mode, tuple(p.shape for p in params))(
-                rule, mode, params, grads, states, scalars, rates[0], rates[1]
-            )
-        else:
-            _run(rule, mode, params, grads, states, {**c, **given}, lr, decay)
+            try:
+                run_compiled(rule, mode, params, grads, states, c, lr, decay, given)
+            except NoCompiler as why:
+                warnings.warn(f"execution is flat, as torch.compile does not work here: {why}", stacklevel=2)
+                self.execution = "flat"
+        if self.execution != "compiled":
+            run(rule, mode, params, grads, states, {**c, **given}, lr, decay)
         for p, state in zip(params, states, strict=True):
             rule.after_step(p, state, c)
             rule.predict(p, state)
-
-    def _flat_state(self, params: list[Tensor]) -> State:
-        """The state of several parameters as flat tensors, of which ``self.state`` holds views.
-
-        Made anew whenever ``self.state`` no longer holds these very views (a state_dict was loaded, say).
-        """
-        key = tuple(id(p) for p in params)
-        states = [self.state[p] for p in params]
-        names = [name for name in states[0] if name != "step"]
-        flat, views = self._flat.get(key, ({}, {}))
-        if not flat or any(s[n] is not v for n in names for s, v in zip(states, views[n], strict=True)):
-            flat = {n: _flatten_dense_tensors([s[n] for s in states]) for n in names}
-            views = {n: list(_unflatten_dense_tensors(flat[n], params)) for n in names}
-            for n in names:
-                for s, view in zip(states, views[n], strict=True):
-                    s[n] = view
-            stale = [other for other in self._flat if set(other) & set(key)]
-            for other in stale:
-                del self._flat[other]
-            self._flat[key] = (flat, views)
-        return flat
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[bool]:
@@ -341,7 +325,7 @@ class Engine(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch puts it there; here it would be an option of groups
-        self._rules, self._flat = {}, {}
+        self._rules, self._layouts = {}, Layouts()
 
 
 def engine_of(rule_type: type[Rule]) -> type[Engine]:
@@ -387,52 +371,3 @@ def _without_betas(values: dict[str, Any]) -> dict[str, Any]:
     for i, beta in enumerate(values.pop("betas", ()), start=1):
         values[f"beta{i}"] = beta
     return values
-
-
-def _run(
-    rule: Rule,
-    mode: WeightDecayMode,
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    c: Scalars,
-    lr: Any,
-    decay: Any,
-) -> None:
-    """One step of one rule over tensors of the same step number, in place."""
-    lr = lr * c.get("lr", 1.0)
-    c = {**c, "rate": lr}
-    if mode == "internal":
-        c["weight_decay"] = decay
-    c |= rule.gather(params, grads, states, c)
-    for p, g, state in zip(params, grads, states, strict=True):
-        x = p.float() if p.dtype in HALF else p
-        g = g.to(x.dtype)
-        if mode == "coupled":
-            g = g + x * decay
-        elif mode == "decoupled":
-            x.mul_(1 - lr * decay)
-        direction = rule.update(x, g, state, c)
-        if isinstance(lr, Tensor):
-            x.sub_(direction * lr)
-        else:
-            x.add_(direction, alpha=-lr)
-        if mode == "proximal":
-            x.div_(1 + lr * decay)
-        if x is not p:
-            p.copy_(x)
-
-
-# The backend of torch.compile in compiled execution.
-BACKEND = "inductor"
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(rule: Rule, mode: WeightDecayMode, shapes: tuple[torch.Size, ...]) -> Callable[..., None]:
-    """The step as one compiled function for a rule, a mode and the shapes of a model.
-
-    Each has its own copy of the code: torch keeps 8 programs of one piece of code and then gives up, and a
-    worker of a sweep meets more rules and models than that.
-    """
-    own = types.FunctionType(_run.__code__.replace(), _run.__globals__, _run.__name__)
-    return torch.compile(own, dynamic=False, fullgraph=True, backend=BACKEND)

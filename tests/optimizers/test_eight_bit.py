@@ -192,7 +192,7 @@ def test_stays_within_other_wrappers() -> None:
 
 @pytest.mark.parametrize("name", ["adam", "koalam"])
 def test_every_execution_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers.engine, "BACKEND", "aot_eager")
+    monkeypatch.setattr(optimizers.execution, "BACKEND", "aot_eager")
     ends = []
     for execution in ("eager", "flat", "compiled"):
         params = large()

@@ -38,7 +38,7 @@ def one(value: float) -> list[nn.Parameter]:
 )
 @pytest.mark.parametrize("execution", ["eager", "flat", "compiled"])
 def test_weight_decay_modes(mode: str, expected: float, execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimizers.engine.BACKEND", "eager")
+    monkeypatch.setattr("optimizers.execution.BACKEND", "eager")
     params = one(2.0)
     options: dict[str, Any] = {"weight_decay": 0.2, "weight_decay_mode": mode, "execution": execution}
     optimizer = optimizers.SGD(params, lr=0.1, decay=decays.Linear(), steps=2, **options)
