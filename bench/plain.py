@@ -1,99 +1,112 @@
 """The loop that anyone would write: DataLoader, an eager model, torch.optim's fastest AdamW, no logging.
 
 ``python -m bench.plain task lr seed steps device [data root]`` trains one run in a process of its own and prints its
-test metric. Of this project it imports the task alone, for its raw data, its model, its loss and its evaluation.
+test metric. Of this project it imports the task alone, for its raw data, its model and its evaluation.
 """
 
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tasks.task import Task
 
 BETA2 = 0.98
 
 
-def digits(task: Any) -> Callable[[], Any]:
-    """Images shifted one by one, as a transform of a data set does it."""
-    from tasks.digits_resnet import SIZE, Batch
+class PlainTask(Protocol):
+    """What a plain loop needs of a task: as runners.plain has it for the papers' tasks."""
 
-    images, labels = task.data["train"]
+    def epoch(self) -> Any:
+        """The batches of an epoch."""
 
-    def collate(pairs: list[tuple[Tensor, Tensor]]) -> Batch:
-        shifts = torch.randint(3, (len(pairs), 2)).tolist()
-        shifted = [image[i : i + SIZE, j : j + SIZE] for (image, _), (i, j) in zip(pairs, shifts, strict=True)]
-        return Batch(torch.stack(shifted)[:, None], torch.stack([label for _, label in pairs]))
-
-    return lambda: DataLoader(
-        TensorDataset(images, labels), task.batch_size, shuffle=True, drop_last=True, collate_fn=collate
-    )
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        """The loss of one of them."""
 
 
-def pydocs(task: Any) -> Callable[[], Any]:
-    """Windows over parallel streams of the text."""
-    from tasks.text import Batch
+class Digits(Dataset[Any]):
+    """Digits that are shifted one by one."""
 
-    streams = task.data["train"]
-    length = len(streams) // task.batch_size
-    streams = streams[: length * task.batch_size].view(task.batch_size, length).T
+    def __init__(self, task: Any) -> None:
+        self.images, self.labels = task.data["train"]
+        self.batch_size, self.size = task.batch_size, self.images.shape[-1] - 2
 
-    def epoch() -> Iterator[Any]:
-        for i in range(0, length - task.bptt, task.bptt):
-            window = streams[i : i + task.bptt + 1]
-            yield Batch(window[:-1], window[1:], torch.tensor(i == 0))
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    return epoch
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row, column = torch.randint(3, (2,)).tolist()
+        return self.images[index, None, row : row + self.size, column : column + self.size], self.labels[index]
 
+    def epoch(self) -> Any:
+        return DataLoader(self, self.batch_size, shuffle=True, drop_last=True)
 
-def phrases(task: Any) -> Callable[[], Any]:
-    """Padded pairs."""
-    from tasks.phrases_transformer import Batch
-
-    def collate(rows: list[tuple[Tensor, ...]]) -> Batch:
-        return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
-
-    return lambda: DataLoader(
-        TensorDataset(*task.data["train"]), task.batch_size, shuffle=True, drop_last=True, collate_fn=collate
-    )
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def cifar(task: Any) -> Callable[[], Any]:
-    """Images cropped and mirrored one by one by torchvision."""
-    from runners.plain import Images
-    from tasks.images import Batch
+class Topics:
+    """The documentation as parallel streams, in windows."""
 
-    loop = Images(task)
-    return lambda: (Batch(*pair) for pair in loop.epoch())
+    def __init__(self, task: Any) -> None:
+        self.text, self.streams, self.bptt = task.data["train"], task.batch_size, task.bptt
 
+    def epoch(self) -> Any:
+        length = len(self.text) // self.streams
+        text = self.text[: length * self.streams].view(self.streams, length).T
+        self.state: Tensor | None = None
+        starts = range(0, length - self.bptt, self.bptt)
+        return [(text[i : i + self.bptt], text[i + 1 : i + 1 + self.bptt]) for i in starts]
 
-EPOCHS: dict[str, Callable[[Any], Callable[[], Any]]] = {
-    "digits_resnet": digits, "pydocs_lstm": pydocs, "phrases_transformer": phrases, "cifar10_resnet": cifar,
-}  # fmt: skip
-"""What gives the batches of an epoch, by task."""
-
-
-def endless(task: Any, name: str) -> Iterator[Any]:
-    """Batches, epoch after epoch."""
-    epoch = EPOCHS[name](task)
-    return itertools.chain.from_iterable(epoch() for _ in itertools.count())
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        state = torch.zeros_like(model.carried) if self.state is None else self.state.detach()
+        logits, self.state = model.unroll(batch[0], state)
+        return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
 
 
-def train(name: str, data: Any, task: Any, lr: float, seed: int, steps: int) -> float:
-    """Train one run on a task that is prepared on its device, with the batches of one that is prepared on the CPU; its
-    test metric."""
+class Phrases:
+    """Padded phrases."""
+
+    def __init__(self, task: Any) -> None:
+        self.data, self.batch_size = TensorDataset(*task.data["train"]), task.batch_size
+
+    def epoch(self) -> Any:
+        return DataLoader(self.data, self.batch_size, shuffle=True, drop_last=True)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        source, before, target = batch
+        return F.cross_entropy(model(source, before).flatten(0, 1), target.flatten(), ignore_index=model.padding)
+
+
+EMBEDDED: dict[str, Any] = {"digits_resnet": Digits, "pydocs_lstm": Topics, "phrases_transformer": Phrases}
+
+
+def loop_of(name: str, task: Any) -> PlainTask:
+    """The plain loop of a task that is prepared on the CPU, by the name of its module."""
+    if name in EMBEDDED:
+        loop: PlainTask = EMBEDDED[name](task)
+        return loop
+    from runners.plain import LOOPS  # imports much that a plain loop does without
+
+    return LOOPS[name](task)
+
+
+def train(loop: PlainTask, task: Any, lr: float, seed: int, steps: int) -> float:
+    """Train one run on a task that is prepared on its device; its test metric."""
     torch.manual_seed(seed)
     model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, BETA2), weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (1 - BETA2) * (done + 1) / 2))
-    for batch in itertools.islice(endless(data, name), steps):
+    epochs: Iterator[Any] = (loop.epoch() for _ in itertools.count())
+    for batch in itertools.islice(itertools.chain.from_iterable(epochs), steps):
         optimizer.zero_grad()
-        task.loss(model, type(batch)(*(part.to(task.device) for part in batch))).backward()
+        loop.loss(model, [part.to(task.device) for part in batch]).backward()
         optimizer.step()
         scheduler.step()
     task.evaluate(model, "validation")
@@ -109,13 +122,14 @@ def main() -> None:
         if isinstance(value, type) and issubclass(value, Task) and value.__module__ == f"tasks.{name}"
     )
     fields = {"depth": 8} if name == "cifar10_resnet" else {}
-    data, task = kind(**fields), kind(**fields)
-    data.prepare(torch.device("cpu"), next(filter(None, root), None))
+    data_root = next(filter(None, root), None)
+    raw, task = kind(**fields), kind(**fields)
+    raw.prepare(torch.device("cpu"), data_root)
     if device == "cpu":
-        task = data
+        task = raw
     else:
-        task.prepare(torch.device(device), next(filter(None, root), None))
-    print(train(name, data, task, float(lr), int(seed), int(steps)))
+        task.prepare(torch.device(device), data_root)
+    print(train(loop_of(name, raw), task, float(lr), int(seed), int(steps)))
 
 
 if __name__ == "__main__":

@@ -21,18 +21,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bench.measure import fastest, interleaved, ratio
-from runners.config import Place, Probes, Run, UserError, compose_run
+from bench.plain import loop_of
+from runners.config import Place, Probes, Run, UserError, compose_run, name_of
 from runners.loss import compiler_there, loss_of, shapes
-from runners.plain import LOOPS, Batches
 from runners.timing import Stepper
 from runners.train import CHECK_EVERY, Training, prepare
 
@@ -55,80 +53,9 @@ TURN, ROUNDS, BUDGET = 0.5, 20, 20_000
 """Seconds of a turn, turns of each, and the budget of the runs, of which they take the first steps."""
 
 
-class PlainTask(Protocol):
-    """What a plain loop needs of a task: as runners.plain has it for the papers' tasks."""
-
-    def epoch(self) -> Batches:
-        """The batches of an epoch."""
-
-    def loss(self, model: Any, batch: Any) -> Tensor:
-        """The loss of one of them."""
-
-
-class Digits(Dataset[Any]):
-    """Digits that are shifted one by one."""
-
-    def __init__(self, task: Any) -> None:
-        self.images, self.labels = task.data["train"]
-        self.batch_size, self.size = task.batch_size, self.images.shape[-1] - 2
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        row, column = torch.randint(3, (2,)).tolist()
-        return self.images[index, None, row : row + self.size, column : column + self.size], self.labels[index]
-
-    def epoch(self) -> Batches:
-        return DataLoader(self, self.batch_size, shuffle=True, drop_last=True)
-
-    def loss(self, model: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-
-class Topics:
-    """The documentation as parallel streams, in windows."""
-
-    def __init__(self, task: Any) -> None:
-        self.text, self.streams, self.bptt = task.data["train"], task.batch_size, task.bptt
-
-    def epoch(self) -> Batches:
-        length = len(self.text) // self.streams
-        text = self.text[: length * self.streams].view(self.streams, length).T
-        self.state: Tensor | None = None
-        starts = range(0, length - self.bptt, self.bptt)
-        return [(text[i : i + self.bptt], text[i + 1 : i + 1 + self.bptt]) for i in starts]
-
-    def loss(self, model: Any, batch: Any) -> Tensor:
-        state = torch.zeros_like(model.carried) if self.state is None else self.state.detach()
-        logits, self.state = model.unroll(batch[0], state)
-        return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
-
-
-class Phrases:
-    """Padded phrases."""
-
-    def __init__(self, task: Any) -> None:
-        self.data, self.batch_size = TensorDataset(*task.data["train"]), task.batch_size
-
-    def epoch(self) -> Batches:
-        return DataLoader(self.data, self.batch_size, shuffle=True, drop_last=True)
-
-    def loss(self, model: Any, batch: Any) -> Tensor:
-        source, before, target = batch
-        return F.cross_entropy(model(source, before).flatten(0, 1), target.flatten(), ignore_index=model.padding)
-
-
-PLAIN: dict[str, Callable[[Any], PlainTask]] = {
-    "digits_resnet": Digits, "pydocs_lstm": Topics, "phrases_transformer": Phrases,
-    "cifar10_resnet8": LOOPS["cifar10_resnet"], "cifar10_resnet20": LOOPS["cifar10_resnet"],
-    "ptb_lstm_small": LOOPS["ptb_lstm"], "multi30k_transformer": LOOPS["multi30k_transformer"],
-}  # fmt: skip
-
-
-def plain_loop(name: str, run: Run, device: torch.device) -> Iterator[Tensor]:
+def plain_loop(run: Run, device: torch.device) -> Iterator[Tensor]:
     """What anyone would write, a step at a time; the data stays in memory, as a DataLoader wants it."""
-    loop = PLAIN[name](run.task)
+    loop = loop_of(name_of(run.task), run.task)
     model = run.task.model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=True)
     while True:
@@ -187,7 +114,7 @@ def of_task(
     cpu = run if device.type == "cpu" else composed(words, Place(device="cpu", data_root=place.data_root))
     count = max(1, min(CHECK_EVERY, round(turn_s / Stepper(run).seconds(2))))
     faster = ways(words, compiled)
-    calls = {"plain loop": turn(plain_loop(name, cpu, device), count), "bare": turn(bare(run), count)}
+    calls = {"plain loop": turn(plain_loop(cpu, device), count), "bare": turn(bare(run), count)}
     runs = {
         "ours": run,
         "probed": run.replace(probes=Probes(norms="all")),
@@ -251,9 +178,9 @@ def measure(place: Place, quick: bool) -> pd.DataFrame:
         return of_task("digits_resnet", EMBEDDED["digits_resnet"], place, compiled=False, rounds=2, turn_s=0.02)
     compiled = True
     try:
-        compiler_there(place.torch_device())
+        compiler_there(place.torch_device(), "inductor", "compiling", "nothing that is compiled")
     except UserError as error:
-        print(f"nothing is compiled: {error}")
+        print(f"not measured: {error}")
         compiled = False
     tables = [of_task(name, words, place, compiled) for name, words in EMBEDDED.items()]
     for name, words in REAL.items() if place.data else ():

@@ -48,7 +48,7 @@ def loss_of(run: Run, task: Task, model: nn.Module) -> Callable[[Any], Tensor]:
     if run.model_execution == "eager":
         compute = task.loss
     else:
-        compiler_there(device)
+        compiler_there(device, BACKEND, "model_execution=compiled", "model_execution=eager")
         compute = functools.partial(_compiled_loss, str(plain(task)), run.precision, task)
     context = autocast(run, device)
 
@@ -59,9 +59,9 @@ def loss_of(run: Run, task: Task, model: nn.Module) -> Callable[[Any], Tensor]:
     return loss
 
 
-def compiler_there(device: torch.device) -> None:
-    """Raise UserError on a CPU without a C++ compiler, which compiled code needs."""
-    if device.type != "cpu" or BACKEND != "inductor":
+def compiler_there(device: torch.device, backend: str, setting: str, instead: str) -> None:
+    """Raise UserError on a CPU without a C++ compiler, which compiled code needs, with the setting to use instead."""
+    if device.type != "cpu" or backend != "inductor":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -69,8 +69,7 @@ def compiler_there(device: torch.device) -> None:
         get_cpp_compiler()
     except RuntimeError as error:
         raise UserError(
-            f"model_execution=compiled needs a C++ compiler ({first_line(error)}): install g++ or clang++, or use "
-            "model_execution=eager"
+            f"{setting} needs a C++ compiler ({first_line(error)}): install g++ or clang++, or use {instead}"
         ) from None
 
 

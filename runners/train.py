@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 import optimizers
+from optimizers import execution
 from optimizers.engine import Engine, engine_of
 from optimizers.rule import describe
 from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of
 from runners.forward import reestimated
-from runners.loss import autocast, loss_of
+from runners.loss import autocast, compiler_there, loss_of
 from runners.probes import Recorder
 from runners.refine import refined
 from runners.store import Result, Store, write_whole
@@ -54,6 +55,9 @@ class Training:
         torch.manual_seed(run.seed)
         self.run, self.task = run, task
         self.model = task.model()
+        if run.execution == "compiled":
+            # The optimizer alone would warn and go on flat, and the run's id would say what it was not.
+            compiler_there(device, execution.BACKEND, "execution=compiled", "execution=flat")
         self.optimizer = make_optimizer(run, self.model)
         self.recorder = Recorder(run, self.model, device)
         self.loss = loss_of(run, task, self.model)
@@ -130,6 +134,8 @@ def train(
                 if checkpoint_every and t < run.steps:
                     checkpoint.save(t)
                 raise
+    if optimizer.execution != run.execution:
+        raise UserError(f"execution={run.execution} did not work here, see the warning: use execution=flat")
     trained = time.perf_counter()
     metrics: dict[str, dict[str, float]] = {}
     if diverged is None:

@@ -41,7 +41,7 @@ def test_a_plain_loop_takes_steps_of_the_same_batches(name: str) -> None:
     assert [part.dtype for part in plain] == [part.dtype for part in ours[: len(plain)]]
     model = run.task.model()
     assert loop.loss(model, plain).item() == pytest.approx(run.task.initial_loss, abs=0.7)
-    losses = [loss.item() for _, loss in zip(range(12), part.plain_loop(name, run, torch.device("cpu")), strict=False)]
+    losses = [loss.item() for _, loss in zip(range(12), part.plain_loop(run, torch.device("cpu")), strict=False)]
     assert losses[-1] < losses[0]
 
 

@@ -202,7 +202,10 @@ def test_without_a_compiler_it_is_one_line_and_eager_runs_work(store: Store, mon
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(UserError, match=r"^model_execution=compiled needs a C\+\+ compiler \([^\n]*eager$"):
         result(small(), store)
-    assert result(small().replace(model_execution="eager"), store).summary["status"] == "done"
+    eager = small().replace(model_execution="eager")
+    with pytest.raises(UserError, match=r"^execution=compiled needs a C\+\+ compiler \([^\n]*execution=flat$"):
+        result(eager.replace(execution="compiled"), store)
+    assert result(eager, store).summary["status"] == "done"
 
 
 def test_a_task_that_cannot_be_compiled_is_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
