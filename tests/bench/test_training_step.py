@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from bench import plain as loops
 from bench import training_step as part
 from runners.config import Place, compose_run
 from runners.loss import shapes
@@ -34,7 +35,7 @@ def test_quick_measures_the_digits_without_compiling() -> None:
 def test_a_plain_loop_takes_steps_of_the_same_batches(name: str) -> None:
     run, _ = compose_run(part.EMBEDDED[name])
     prepare(run.task, CPU)
-    loop = part.PLAIN[name](run.task)
+    loop = loops.loop_of(name, run.task)
     ours, plain = next(run.task.batches(0)), next(iter(loop.epoch()))
     assert len(plain) >= 2
     assert all(shapes(a) == shapes(b) for a, b in zip(plain, ours, strict=False))
@@ -48,7 +49,7 @@ def test_a_plain_loop_takes_steps_of_the_same_batches(name: str) -> None:
 def test_the_plain_and_the_own_lstm_have_one_loss() -> None:
     run, _ = compose_run(part.EMBEDDED["pydocs_lstm"])
     prepare(run.task, CPU)
-    model, loop = run.task.model(), part.Topics(run.task)
+    model, loop = run.task.model(), loops.Topics(run.task)
     batches = list(loop.epoch())
     for i, batch in enumerate(batches[:3]):
         expected = run.task.loss(model, type(next(run.task.batches(0)))(*batch, torch.tensor(i == 0)))
