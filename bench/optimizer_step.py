@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optimizers
 from bench.measure import fastest, interleaved, ratio
 from optimizers.rule import Rule, available, make
-from runners.config import Place, UserError
+from runners.config import Place
 from tasks.models.awd_lstm import AWDLSTM
 from tasks.models.resnet import ResNet
 
@@ -126,7 +126,7 @@ def traffic(rule: Rule, steps: int = 10, elements: int = 8192) -> tuple[float, i
     return sum(moved for moved, _, _ in seen) / steps, read_only, changed, usual
 
 
-def bare(read: int, written: int) -> Callable[..., Any]:
+def bare(read: int, written: int, device: torch.device) -> Callable[..., Any]:
     """The limit: a compiled kernel that reads some vectors, and reads and writes others, with one addition each."""
     from torch._dynamo import lookup_backend
 
@@ -138,7 +138,7 @@ def bare(read: int, written: int) -> Callable[..., Any]:
             vector.add_(total)
         return ()
 
-    example = [torch.zeros(1000) for _ in range(read + written)]
+    example = [torch.zeros(1000, device=device) for _ in range(read + written)]
     graph = make_fx(kernel, tracing_mode="symbolic")(*example)
     inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     return lookup_backend("inductor")(graph, inputs)
@@ -185,23 +185,21 @@ def _candidates(name: str, rule: Rule, model: nn.Module) -> tuple[dict[str, Call
     return found, compiling
 
 
-def of_rule(
-    name: str, size: str, rounds: int, limits: dict[tuple[int, int], Callable[..., Any]]
-) -> list[dict[str, Any]]:
+def of_rule(name: str, size: str, rounds: int, limits: Limits, device: torch.device) -> list[dict[str, Any]]:
     """The rows of one rule at one size."""
     rule = make(name, **HYPER.get(name, {}))
     torch.manual_seed(0)
-    model = SIZES[size]()
+    model = SIZES[size]().to(device)
     count = sum(p.numel() for p in model.parameters())
     moved, read, written, usual = traffic(rule)
     calls, compiling = _candidates(name, rule, model)
     if rule.elementwise:
         if (read, written) not in limits:
-            limits[read, written] = bare(read, written)
-        vectors = [torch.rand(count) for _ in range(read + written)]
+            limits[read, written] = bare(read, written, device)
+        vectors = [torch.rand(count, device=device) for _ in range(read + written)]
         calls["limit"] = lambda: limits[read, written](*vectors)
     with torch.no_grad():
-        seconds = interleaved(calls, rounds)
+        seconds = interleaved(calls, rounds, device)
     if "limit" in seconds:  # of a mean step
         seconds["limit"] = [s * moved / usual for s in seconds["limit"]]
     fused = seconds.pop("fused Adam", None) or seconds["torch fused"]
@@ -252,13 +250,12 @@ def first_steps() -> list[dict[str, Any]]:
 
 
 def measure(place: Place, quick: bool) -> pd.DataFrame:
-    """One row for every rule, size and candidate, on one thread of the CPU.
+    """One row for every rule, size and candidate; on a CPU on one thread.
 
     ms is that of the fastest turn; the ratios are medians over the rounds: to the limit, to torch's fastest and to
     its foreach for the same rule, and to torch's fused Adam times the ratio of the bytes moved.
     """
-    if place.torch_device().type != "cpu":
-        raise UserError("optimizer_step measures the CPU: use --device cpu")
+    device = place.torch_device()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as a runner's worker has
     try:
@@ -266,7 +263,7 @@ def measure(place: Place, quick: bool) -> pd.DataFrame:
         limits: Limits = {}
         for size in list(SIZES)[:1] if quick else SIZES:
             for name in ("adam", "lamb") if quick else available():
-                rows += of_rule(name, size, 2 if quick else ROUNDS[size], limits)
+                rows += of_rule(name, size, 2 if quick else ROUNDS[size], limits, device)
         return pd.DataFrame(rows if quick else rows + first_steps())
     finally:
         torch.set_num_threads(before)
@@ -280,7 +277,8 @@ def summary(table: pd.DataFrame) -> str:
     """For each size one table of the rules, and how far the goals are met."""
     steps = table[table.ms.notna()]
     parts = [
-        "One thread; ms a step. `limit` is a bare compiled kernel with the reads and writes of the rule over vectors. "
+        "Milliseconds a step, on a CPU on one thread. `limit` is a bare compiled kernel over vectors with the reads "
+        "and writes of the rule. "
         "Compiled execution is measured for elementwise rules only: the others have a program for each model, which "
         "takes minutes to make."
     ]

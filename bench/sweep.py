@@ -64,7 +64,7 @@ def measure(place: Place, quick: bool) -> pd.DataFrame:
     ours, half each. A task without data is left out.
     """
     rows: list[dict[str, Any]] = []
-    cores = len(os.sched_getaffinity(0))
+    cores = 1 if quick else len(os.sched_getaffinity(0))
     for grid in QUICK if quick else GRIDS:
         run, _ = compose_run([f"task={grid.task}", *OVERRIDES, f"steps={grid.steps}", *grid.overrides])
         try:
@@ -72,7 +72,7 @@ def measure(place: Place, quick: bool) -> pd.DataFrame:
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        half = grid.timed // 2
+        half, workers = grid.timed // 2, cores if device.type == "cpu" else 1
         timed: dict[str, list[tuple[int, float, float]]] = {}
         others: dict[str, Callable[[int, int], tuple[float, float]]] = {
             MULTIRUN: lambda first, count, grid=grid: _multirun(grid, place, first, count),  # type: ignore[misc]
@@ -80,10 +80,9 @@ def measure(place: Place, quick: bool) -> pd.DataFrame:
         }
         for name, call in others.items():
             timed[name] = [(half, *call(0, half))] if half else []
-        timed[OURS] = [(grid.runs, _ours(grid, place), 0.0)]
+        timed[OURS] = [(grid.runs, _ours(grid, place, workers), 0.0)]
         for name, call in others.items():
             timed[name].append((grid.timed - half, *call(half, grid.timed - half)))
-        workers = cores if device.type == "cpu" else 1
         step = max(_bare(run, place, workers, 3 if quick else 40))
         timed[CEILING] = [(grid.runs, step * grid.steps * grid.runs / workers, 0.0)]
         for name, parts in timed.items():
@@ -163,7 +162,7 @@ def _joblib(grid: Grid, place: Place, first: int, count: int, cores: int) -> tup
     return (time.perf_counter() - started) / cores, 0.0
 
 
-def _ours(grid: Grid, place: Place) -> float:
+def _ours(grid: Grid, place: Place, workers: int) -> float:
     """Seconds of the whole command, in an empty store."""
     experiment = {
         "question": "How fast is a sweep?", "source": "our own", "cost": "measured here", "screening": True,
@@ -202,9 +201,11 @@ def _run(words: list[str], folder: str | Path = ROOT) -> str:
 
 def _bare(run: Run, place: Place, workers: int, steps: int) -> list[float]:
     """Seconds of a bare training step in each of some processes that are at it at the same time."""
+    if workers == 1:
+        return [Stepper(run).seconds(steps)]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as pool:
-        barrier: Any = context.Manager().Barrier(workers)
+    with context.Manager() as manager, context.Pool(workers) as pool:
+        barrier = manager.Barrier(workers)
         return pool.starmap(_steps, [(run, place, steps, barrier)] * workers, chunksize=1)
 
 

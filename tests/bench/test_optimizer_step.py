@@ -6,7 +6,7 @@ import pytest
 from bench import optimizer_step
 from optimizers import execution
 from optimizers.rule import available, make
-from runners.config import Place, UserError
+from runners.config import Place
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,3 @@ def test_a_quick_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_names_are_rules() -> None:
     assert {*optimizer_step.HYPER, *optimizer_step.TORCH, *optimizer_step.PACKAGE} <= set(available())
-
-
-def test_it_is_about_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="measures the CPU"):
-        optimizer_step.measure(Place(device="meta"), quick=True)
