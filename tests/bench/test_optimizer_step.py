@@ -36,7 +36,7 @@ def test_sizes_are_those_of_the_models() -> None:
 
 def test_a_quick_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
-    monkeypatch.setattr(optimizer_step, "bare", lambda read, written: lambda *vectors: None)
+    monkeypatch.setattr(optimizer_step, "bare", lambda read, written, device: lambda *vectors: None)
     execution._over_vectors.cache_clear()
     table = optimizer_step.measure(Place(device="cpu"), quick=True)
     execution._over_vectors.cache_clear()
