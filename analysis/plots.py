@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from analysis.style import ARMS, BLACK, GREEN, GREY, PURPLE, VERMILION, looks, panels
 from runners.experiment import SEEDS, Experiment, Stage
@@ -570,7 +570,10 @@ def _log_ticks(ax: Axes) -> None:
     span = high / low
     subs = (1, 1.5, 2, 3, 4, 5, 7) if span < 6 else (1, 2, 3, 5) if span < 40 else (1, 2, 5) if span < 500 else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ax.yaxis.set_major_locator(FixedLocator([b * 10.0**k for k in decades for b in subs if low <= b * 10.0**k <= high]))
+    ticks = [tick for k in decades for b in subs if low <= (tick := b * 10.0**k) <= high]
+    if len(ticks) < 3:  # so little of a decade that equal steps serve
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    ax.yaxis.set_major_locator(FixedLocator(ticks))
     ax.yaxis.set_major_formatter(PLAIN)
     ax.yaxis.set_minor_locator(NullLocator())
 
