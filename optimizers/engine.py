@@ -11,6 +11,7 @@ import itertools
 import math
 import numbers
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from optimizers.decays import Decay
 from optimizers.execution import NoCompiler, run, run_compiled
-from optimizers.layout import ALONE, Layouts, places
+from optimizers.layout import ALONE, PIECE, Layouts, places
 from optimizers.rule import HALF, WEIGHT_DECAY_MODES, Rule, Scalars, State, WeightDecayMode, available, describe
 from optimizers.warmups import Warmup
 
@@ -54,9 +55,9 @@ class Engine(torch.optim.Optimizer):
             torch.nn.utils.clip_grad_norm_: in place, before anything else).
         warmup, decay: schedules, functions of the number of ``step()`` calls.
         steps: the budget of the run, which most decays need.
-        execution: ``eager``: tensor by tensor; ``flat``: all tensors of a group copied into one, updated and
-            copied back, which is fastest without a compiler where there are many small ones; ``compiled``: by
-            torch.compile, large tensors where they are and small ones joined as in flat. An elementwise rule is
+        execution: ``eager``: tensor by tensor; ``flat``: small tensors of a group copied into one, updated and
+            copied back, large ones in pieces that fit a CPU's cache, which is fastest without a compiler;
+            ``compiled``: by torch.compile, small tensors joined as in flat and large ones where they are. An elementwise rule is
             compiled once a process, for models of all shapes, which takes seconds; on disk the program stays for other
             processes. Where torch.compile does not work, say without a C++ compiler, a warning says so and execution
             is flat. They agree up to rounding. A rule with a norm for each tensor is never flattened; one with a norm
@@ -247,8 +248,10 @@ class Engine(torch.optim.Optimizer):
             own = [{k: v for k, v in state.items() if k != "step"} for state in states]
             self._update(rule, mode, params, grads, own, c, lr, decay, given)
             return
-        alone = ALONE if self.execution == "compiled" and rule.elementwise else math.inf
-        for layout in self._layouts.of(params, states, alone):
+        alone, piece = math.inf, sys.maxsize
+        if rule.elementwise:
+            alone, piece = (ALONE, sys.maxsize) if self.execution == "compiled" else (PIECE, PIECE)
+        for layout in self._layouts.of(params, states, alone, piece):
             vectors = layout.gather(grads)
             self._update(rule, mode, layout.vectors, vectors, layout.states, c, lr, decay, given)
             layout.scatter()

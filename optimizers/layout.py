@@ -1,5 +1,6 @@
 """How parameters are laid out for a step that does not care where one tensor ends and the next begins."""
 
+import sys
 from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
@@ -13,17 +14,21 @@ from optimizers.rule import State
 ALONE = 8192
 """Elements from which on compiled execution leaves a tensor where it is: to copy smaller ones costs less."""
 
+PIECE = 131072
+"""Elements that flat execution takes at a time on a CPU: so few that what a step computes on its way stays cached."""
+
 
 class Layout:
     """Those of some parameters that are of one dtype and device, with their state, as few vectors.
 
     Tensors of at least ``alone`` elements that lie in memory without gaps stay where they are and are seen as
-    vectors; copies of all the others are joined into one, which is last. Parameters and gradients themselves stay
-    where the user has them; the state of the parameters becomes views of ``self.states``.
+    vectors; copies of all the others are joined into one, which is last. On a CPU these are taken in pieces of at most
+    ``piece`` elements. Parameters and gradients themselves stay where the user has them; ``self.states`` are views of
+    the state of the parameters.
     """
 
     def __init__(
-        self, at: Sequence[int], params: Sequence[Tensor], states: Sequence[dict[str, Any]], alone: float
+        self, at: Sequence[int], params: Sequence[Tensor], states: Sequence[dict[str, Any]], alone: float, piece: int
     ) -> None:
         def stays(p: Tensor) -> bool:
             return p.numel() >= alone and torch.empty_like(p, device="meta").stride() == p.stride()
@@ -32,42 +37,50 @@ class Layout:
         self._small = [i for i in at if not stays(params[i])]
         self._kept = [params[i] for i in self._large]
         self._strides = [p.stride() for p in self._kept]
+        self._joined = [params[i] for i in self._small]
+        self._piece = piece if params[at[0]].device.type == "cpu" else sys.maxsize  # a GPU wants few large ones
+        self._parts: list[Tensor] = []
         names = [name for name in states[at[0]] if name != "step"]
-        self.vectors = [_vector(p) for p in self._kept]
+        self.vectors: list[Tensor] = []
         self.states: list[State] = []
         for i, p in zip(self._large, self._kept, strict=True):
             state = states[i]
             for name in names:
                 if state[name].stride() != p.stride():
                     state[name] = torch.empty_like(p, dtype=state[name].dtype).copy_(state[name])
-            self.states.append({name: _vector(state[name]) for name in names})
-        self._joined = [params[i] for i in self._small]
-        self._pieces: list[Tensor] = []
+            self._add(_vector(p), {name: _vector(state[name]) for name in names})
         if self._small:
-            self.vectors.append(_flatten_dense_tensors(self._joined).clone())
-            self._pieces = list(_unflatten_dense_tensors(self.vectors[-1], self._joined))
-            self.states.append({name: _flatten_dense_tensors([states[i][name] for i in self._small]) for name in names})
-            for name, joined in self.states[-1].items():
-                for i, piece in zip(self._small, _unflatten_dense_tensors(joined, self._joined), strict=True):
-                    states[i][name] = piece
+            whole = _flatten_dense_tensors(self._joined).clone()
+            self._parts = list(_unflatten_dense_tensors(whole, self._joined))
+            joined = {name: _flatten_dense_tensors([states[i][name] for i in self._small]) for name in names}
+            for name, vector in joined.items():
+                for i, part in zip(self._small, _unflatten_dense_tensors(vector, self._joined), strict=True):
+                    states[i][name] = part
+            self._add(whole, joined)
+
+    def _add(self, vector: Tensor, state: State) -> None:
+        pieces = vector.split(self._piece)
+        columns = {name: value.split(self._piece) for name, value in state.items()}
+        self.vectors += pieces
+        self.states += [{name: column[i] for name, column in columns.items()} for i in range(len(pieces))]
 
     def gather(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Makes ``vectors`` the parameters' values and returns the gradients as vectors."""
-        found = []
+        found: list[Tensor] = []
         for i, p, stride in zip(self._large, self._kept, self._strides, strict=True):
             g = grads[i]
             if g.stride() != stride:
                 g = torch.empty_like(p, dtype=g.dtype).copy_(g)
-            found.append(_vector(g))
+            found += _vector(g).split(self._piece)
         if self._small:
-            torch._foreach_copy_(self._pieces, self._joined)
-            found.append(_flatten_dense_tensors([grads[i] for i in self._small]))
+            torch._foreach_copy_(self._parts, self._joined)
+            found += _flatten_dense_tensors([grads[i] for i in self._small]).split(self._piece)
         return found
 
     def scatter(self) -> None:
         """Makes the parameters the values of ``vectors``."""
         if self._small:
-            torch._foreach_copy_(self._joined, self._pieces)
+            torch._foreach_copy_(self._joined, self._parts)
 
 
 class Layouts:
@@ -76,28 +89,28 @@ class Layouts:
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], tuple[Callable[..., bool], list[Layout]]] = {}
 
-    def of(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]], alone: float) -> list[Layout]:
+    def of(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]], alone: float, piece: int) -> list[Layout]:
         """The layouts of parameters; made anew when these or their state are no longer the same tensors."""
         key = tuple(map(id, params))
         hold, layouts = self._known.get(key, (None, []))
-        if hold is None or not hold(params, states, alone):
+        if hold is None or not hold(params, states, alone, piece):
             for stale in [other for other in self._known if set(other) & set(key)]:
                 del self._known[stale]
             alike = places([(p.dtype, p.device) for p in params]).values()
-            layouts = [Layout(at, [p.detach() for p in params], states, alone) for at in alike]
-            self._known[key] = (_unchanged(params, states, alone), layouts)
+            layouts = [Layout(at, [p.detach() for p in params], states, alone, piece) for at in alike]
+            self._known[key] = (_unchanged(params, states, alone, piece), layouts)
         return layouts
 
 
-def _unchanged(params: Sequence[Tensor], states: Sequence[dict[str, Any]], alone: float) -> Callable[..., bool]:
+def _unchanged(params: Sequence[Tensor], states: Sequence[dict[str, Any]], *how: float) -> Callable[..., bool]:
     """Tells whether parameters and state are still these very tensors, and not what a state_dict was loaded into."""
     # The layouts hold on to the memory, so that no other tensor comes to have one of these addresses.
     addresses = [p.data_ptr() for p in params]
     known = {name: [state[name] for state in states] for name in states[0] if name != "step"}
 
-    def hold(params: Sequence[Tensor], states: Sequence[dict[str, Any]], now: float) -> bool:
+    def hold(params: Sequence[Tensor], states: Sequence[dict[str, Any]], *now: float) -> bool:
         return (
-            now == alone
+            now == how
             and [p.data_ptr() for p in params] == addresses
             and all(all(map(is_, [s.get(name) for s in states], tensors)) for name, tensors in known.items())
         )

@@ -1,6 +1,7 @@
 """The engine: param groups, weight decay, clipping, closures, schedulers, checkpoints, mistakes."""
 
 import copy
+import sys
 import warnings
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 import optimizers
-from optimizers import Engine, decays, warmups
+from optimizers import Engine, decays, engine, warmups
 from optimizers.adam import Adam
 from optimizers.engine import engine_of
 from optimizers.lookahead import Lookahead
@@ -257,6 +258,26 @@ def test_flat_execution_leaves_parameters_and_gradients_where_they_are() -> None
     assert [(p.data_ptr(), p.stride()) for p in params] == places
     assert difference([p.detach() for p in params], [p.detach() for p in others]) < 1e-6
     assert [optimizer.state[p]["m"].shape for p in params] == [p.shape for p in params]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AMSGrad", "Lookahead", "NormalizedSGD"])
+def test_flat_execution_in_pieces_is_the_same_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for piece in (sys.maxsize, 64):  # all in one vector, and: the first in 5 pieces where it is, the others joined
+        monkeypatch.setattr(engine, "PIECE", piece)
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in ((20, 15), (50,), (), (7, 9))]
+        optimizer = getattr(optimizers, name)(params, lr=LR, execution="flat", weight_decay=0.1)
+        for _ in range(7):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        ends.append((params, [optimizer.state[p] for p in params]))
+    (ours, states), (others, other_states) = ends
+    assert all(map(torch.equal, ours, others))
+    for state, other in zip(states, other_states, strict=True):
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key]))
 
 
 def test_flat_execution_sees_a_state_that_was_changed() -> None:
