@@ -55,13 +55,13 @@ class Engine(torch.optim.Optimizer):
             torch.nn.utils.clip_grad_norm_: in place, before anything else).
         warmup, decay: schedules, functions of the number of ``step()`` calls.
         steps: the budget of the run, which most decays need.
-        execution: ``eager``: tensor by tensor; ``flat``: small tensors of a group copied into one, updated and
-            copied back, large ones in pieces that fit a CPU's cache, which is fastest without a compiler;
-            ``compiled``: by torch.compile, small tensors joined as in flat and large ones where they are. An elementwise rule is
-            compiled once a process, for models of all shapes, which takes seconds; on disk the program stays for other
-            processes. Where torch.compile does not work, say without a C++ compiler, a warning says so and execution
-            is flat. They agree up to rounding. A rule with a norm for each tensor is never flattened; one with a norm
-            over all tensors always is, by group, dtype, device and number of updates.
+        execution: ``eager``: tensor by tensor; ``flat``: small tensors of a group copied into one, updated and copied
+            back, large ones in pieces that fit a CPU's cache, which is fastest without a compiler; ``compiled``: by
+            torch.compile, small tensors joined as in flat and large ones where they are. An elementwise rule is
+            compiled once a process, for models of all shapes, which takes seconds; on disk the program stays for
+            other processes. Where torch.compile does not work, say without a C++ compiler, a warning says so and
+            execution is flat. They agree up to rounding. A rule with a norm for each tensor is never flattened; one
+            with a norm over all tensors always is, by group, dtype, device and number of updates.
         hyper: hyper-parameters of the rule; ``betas=(.9, .999)`` is understood as ``beta1=.9, beta2=.999``.
 
     Raises:
