@@ -1,6 +1,7 @@
 """The measured steps: what is in the tables, and that a plain loop takes the steps that a run takes."""
 
 import os
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,28 @@ def test_a_plain_loop_takes_steps_of_the_same_batches(name: str) -> None:
     assert loop.loss(model, plain).item() == pytest.approx(run.task.initial_loss, abs=0.7)
     losses = [loss.item() for _, loss in zip(range(12), part.plain_loop(run, torch.device("cpu")), strict=False)]
     assert losses[-1] < losses[0]
+
+
+def test_a_plain_loop_takes_the_batches_nearest_to_ours_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    class Loop:
+        def epoch(self) -> list[tuple[torch.Tensor]]:
+            return [(torch.zeros(n),) for n in range(1, 101)]
+
+        def loss(self, model: torch.nn.Linear, batch: list[torch.Tensor]) -> torch.Tensor:
+            taken.append(batch[0].numel())
+            return model.bias.sum()
+
+    sizes = types.SimpleNamespace(
+        one_shape=False, model=lambda: torch.nn.Linear(1, 1), batches=lambda seed: iter([(torch.zeros(70),)])
+    )
+    monkeypatch.setattr(part, "loop_of", lambda name, task: Loop())
+    monkeypatch.setattr(part, "name_of", lambda task: "sizes")
+    run: Any = types.SimpleNamespace(task=sizes, lr=0.1)
+    for _ in zip(range(50), part.plain_loop(run, torch.device("cpu")), strict=False):
+        pass
+    assert sorted(taken) == list(range(45, 95)) or sorted(taken) == list(range(46, 96))
 
 
 def test_the_plain_and_the_own_lstm_have_one_loss() -> None:
