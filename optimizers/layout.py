@@ -59,10 +59,13 @@ class Layout:
             self._add(whole, joined)
 
     def _add(self, vector: Tensor, state: State) -> None:
-        pieces = vector.split(self._piece)
-        columns = {name: value.split(self._piece) for name, value in state.items()}
+        pieces = self._split(vector)
+        columns = {name: self._split(value) for name, value in state.items()}
         self.vectors += pieces
         self.states += [{name: column[i] for name, column in columns.items()} for i in range(len(pieces))]
+
+    def _split(self, vector: Tensor) -> Sequence[Tensor]:
+        return (vector,) if vector.numel() <= self._piece else vector.split(self._piece)
 
     def gather(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Makes ``vectors`` the parameters' values and returns the gradients as vectors."""
@@ -71,10 +74,10 @@ class Layout:
             g = grads[i]
             if g.stride() != stride:
                 g = torch.empty_like(p, dtype=g.dtype).copy_(g)
-            found += _vector(g).split(self._piece)
+            found += self._split(_vector(g))
         if self._small:
             torch._foreach_copy_(self._parts, self._joined)
-            found += _flatten_dense_tensors([grads[i] for i in self._small]).split(self._piece)
+            found += self._split(_flatten_dense_tensors([grads[i] for i in self._small]))
         return found
 
     def scatter(self) -> None:
