@@ -68,7 +68,8 @@ def report(found: Results, table: pd.DataFrame, curves: pd.DataFrame) -> str:
     parts += ["## How it was measured", _measured(found), _table(_tasks(found))]
     if len(table):
         parts += ["### Margins", _table(_margins(found)), _MARGIN_NOTE]
-    parts += ["## The whole lr curve", _table(_readable(curves)), _CURVE_NOTE]
+    if len(curves):
+        parts += ["## The whole lr curve", _table(_readable(curves)), _CURVE_NOTE]
     own = _own_lr(found)
     if len(own):
         parts += ["## Each arm at its own best lr", _table(own), _OWN_NOTE]

@@ -192,12 +192,15 @@ def _with_assay(table: pd.DataFrame) -> pd.DataFrame:
 
 def lr_summary(results: Results) -> pd.DataFrame:
     """The whole lr curve of each task and arm, from tuning runs: best lr and value, sensitivity to the lr, share
-    diverged with its 95 % interval, largest stable lr; and whether the best lr lies at an edge of the grid."""
+    diverged with its 95 % interval, largest stable lr; and whether the best lr lies at an edge of the grid. A grid
+    of one lr has no curve, so no row."""
     rows = []
     tuning = results.runs[results.runs.stage == "tuning"]
     for (task, arm), group in tuning.groupby(["task", "arm"], sort=False):
         higher, worst = bool(group.higher_is_better.iloc[0]), float(group.worst.iloc[0])
         mean = group.groupby("lr").validation.mean()
+        if len(mean) == 1:
+            continue
         best = mean.idxmax() if higher else mean.idxmin()
         failed = (group.status == "diverged") | (group.validation == worst)
         stable = ~failed.groupby(group.lr).any()

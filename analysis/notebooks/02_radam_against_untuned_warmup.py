@@ -46,8 +46,9 @@ for results in chosen:
     figures = {
         "differences": plots.differences(verdicts(results), runs, experiment),
         "final_metrics": plots.final_metrics(runs, experiment),
-        "lr_curves": plots.lr_curves(runs, experiment),
         "training_curves": plots.training_curves(runs, results.curves, experiment),
     }
+    if any(len(plan.lrs) > 1 for plan in experiment.tasks.values()):
+        figures["lr_curves"] = plots.lr_curves(runs, experiment)
     for name, (figure, numbers) in figures.items():
         display(save(figure, numbers, results.folder / "figures", name))

@@ -275,6 +275,13 @@ def test_the_lr_curve_in_numbers() -> None:
     assert ref.sensitivity == pytest.approx((0.4 + 0 + 0.2) / 3)
 
 
+def test_one_lr_is_no_curve(tmp_path: Path) -> None:
+    found = of([c for arm in ("a", "ref") for c in cells("tuning", arm, 0.5, first=1000)] + pilot() + arms(), {})
+    assert lr_summary(found).empty
+    write(Results("e", found.experiment, tmp_path, found.runs))
+    assert "lr curve" not in (tmp_path / "report.md").read_text()
+
+
 def test_the_report_tells_all_of_it(tmp_path: Path) -> None:
     rows = pilot() + arms(none=0.0)
     rows += [
