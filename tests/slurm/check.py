@@ -202,6 +202,8 @@ if __name__ == "__main__":
         experiments.load = lambda name: experiments.read(HERE / f"{name}.yaml")
         sweeps.main()
     else:
+        # Who started this in the background of a script made it, and so its sweeps, deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with tempfile.TemporaryDirectory() as temporary:
             check(Path(temporary))
             check_checkpoint(Path(temporary))
