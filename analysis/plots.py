@@ -24,6 +24,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from analysis.style import ARMS, BLACK, GREEN, GREY, PURPLE, VERMILION, looks, panels
+from analysis.verdicts import in_words
 from runners.experiment import SEEDS, Experiment, Stage
 
 Drawn: TypeAlias = tuple[Figure, pd.DataFrame]
@@ -208,14 +209,15 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
                 colour = next(colour for verdict, (colour, _) in VERDICTS.items() if overall.startswith(verdict))
                 write(overall, i, 10, weight="bold", color=colour)
             continue
-        colour, marker = VERDICTS[row.verdict]
+        # Where no warmup is to be told apart from warmup, that it is refuted to be the same is the welcome answer.
+        turned = {"refuted": "supported", "supported": "refuted"} if row.kind == "sensitivity" else {}
+        colour, marker = VERDICTS[turned.get(row.verdict, row.verdict)]
         ax.plot([row.relative_low, row.relative_high], [i, i], color=colour, linewidth=2, solid_capstyle="butt")
         ax.plot([row.relative], [i], color=colour, marker=marker, markersize=4.5)
-        numbers, verdict = _in_words(row)
-        write(verdict, i, 10, color=colour)
-        write(numbers, i, 112)
+        write(in_words(row), i, 10, color=colour)
+        write(_numbers(row), i, 150)
     write("verdict", -1, 10, color="#606060")
-    write("arm \u2212 reference [90 % interval], margin, pairs", -1, 112, color="#606060")
+    write("arm \u2212 reference [90 % interval], margin, pairs", -1, 150, color="#606060")
     ticks = [(i, text) for i, (text, row, _) in enumerate(lines) if row is not None]
     ax.set_yticks([i for i, _ in ticks], [text for _, text in ticks])
     ax.set_ylim(len(lines) - 0.4, -0.6)
@@ -699,16 +701,13 @@ def _metric(cells: pd.DataFrame, split: str, gap: str = " ") -> str:
     return f"{split} {_label(cells.metric.iloc[0])}{gap}({better} is better)"
 
 
-def _in_words(row: "pd.Series[Any]") -> tuple[str, str]:
-    """The numbers of a verdict's row in units of its metric, and the verdict."""
-    verdict = str(row.verdict)
-    if row.kind == "sensitivity" and verdict == "refuted":
-        verdict = "refuted (told apart)"
+def _numbers(row: "pd.Series[Any]") -> str:
+    """The numbers of a verdict's row in units of its metric, or why there are none."""
     if pd.isna(row.low):
-        return str(row.reason), verdict
+        return str(row.reason)
     values = [f"{float(f'{x:.3g}'):+.6g}" for x in (row.difference, row.low, row.high)]
     numbers = f"{values[0]} [{values[1]}, {values[2]}] {row.metric}, $\\pm${row.margin:.3g}, n = {row.n:g}"
-    return numbers.replace("-", "\u2212"), verdict
+    return numbers.replace("-", "\u2212")
 
 
 def _first(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

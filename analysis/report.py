@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import published, ranking
 from analysis.sanity import BESIDE_PLAIN
 from analysis.tables import Results, load
-from analysis.verdicts import ALL, lr_summary, margin, verdicts
+from analysis.verdicts import ALL, in_words, lr_summary, margin, verdicts
 from runners.config import UserError
 from runners.experiment import Experiment
 from runners.experiment import load as load_experiment
@@ -92,13 +92,20 @@ def summary(found: Results, table: pd.DataFrame) -> str:
         reason = f" ({verdict.reason})" if isinstance(verdict.reason, str) and verdict.reason else ""
         by_task = table[(table.claim == name) & (table.task != ALL)]
         tasks = ", ".join(
-            f"{r.task} {'at the high lr ' if r['at'] == 'high' else ''}{_word(r)}" for _, r in by_task.iterrows()
+            f"{r.task} {'at the high lr ' if r['at'] == 'high' else ''}{in_words(r)}" for _, r in by_task.iterrows()
         )
         lines.append(f"- **{claim.hypothesis}: {verdict.verdict}**{reason}. By task: {tasks}.")
+    at_edge = [task for task in experiment.tasks if experiment.claims and _at_edge(found, task)]
+    if at_edge:
+        lines.append(
+            f"\nThe reference's best lr lies at an edge of the grid on {', '.join(at_edge)}: its optimum may lie "
+            "beyond it."
+        )
     if experiment.screening:
         undecided = (
-            " It can show a large difference; where it says inconclusive, it had too few seeds to tell, not a reason "
-            "to believe either answer."
+            " It can show a large difference; any verdict close to its margin may turn with more seeds, of which the "
+            "margin itself has but a few; and where it says inconclusive, it had too few to tell, not a reason to "
+            "believe either answer."
         )
         claims = undecided if experiment.claims else " It makes no claim."
         lines.append(f"\nThis is a **screening**: few seeds and short runs.{claims}")
@@ -107,10 +114,9 @@ def summary(found: Results, table: pd.DataFrame) -> str:
     return "\n".join(lines).strip()
 
 
-def _word(row: pd.Series) -> str:
-    if row.kind == "sensitivity":
-        return {"refuted": "told apart", "supported": "found equivalent"}.get(row.verdict, row.verdict)
-    return str(row.verdict)
+def _at_edge(found: Results, task: str) -> bool:
+    lrs = found.experiment.tasks[task].lrs
+    return len(lrs) > 1 and found.primary_lr(task) in (min(lrs), max(lrs))
 
 
 def verdict_markdown(table: pd.DataFrame) -> str:
@@ -131,7 +137,7 @@ def verdict_markdown(table: pd.DataFrame) -> str:
                 else f"{row.difference:+.2g} [{row.low:+.2g}, {row.high:+.2g}]",
                 "margin": "" if overall else f"±{row.margin:.2g}",
                 "planned power": "" if overall or pd.isna(row.get("planned_power")) else f"{row.planned_power:.0%}",
-                "verdict": f"**{row.verdict}**" if overall else _word(row),
+                "verdict": f"**{row.verdict}**" if overall else in_words(row),
             }
         )  # fmt: skip
     return _table(pd.DataFrame(rows))
@@ -195,6 +201,7 @@ def _tasks(found: Results) -> pd.DataFrame:
                 "β2 (where there is one)": ", ".join(f"{b:g}" for b in sorted(runs.beta2.dropna().unique())),
                 "lrs": found.experiment.grid(task),
                 "primary lr": f"{tested.lr.iloc[0]:g}" if tested.lr.nunique() == 1 else "",
+                "precision": ", ".join(sorted(runs.precision.unique())),
                 "seeds": ", ".join(f"{n} {stage}" for stage, n in stages.items()),
             }
         )

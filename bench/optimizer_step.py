@@ -277,10 +277,14 @@ def summary(table: pd.DataFrame) -> str:
     """For each size one table of the rules, and how far the goals are met."""
     steps = table[table.ms.notna()]
     parts = [
-        "Milliseconds a step, on a CPU on one thread. `limit` is a bare compiled kernel over vectors with the reads "
-        "and writes of the rule. "
-        "Compiled execution is measured for elementwise rules only: the others have a program for each model, which "
-        "takes minutes to make."
+        "Milliseconds a step, in the fastest turn; on a CPU on one thread. `limit` is a bare compiled kernel over "
+        "vectors with the reads and writes of the rule; `compiled`, `flat` and `eager` are this project's ways of "
+        "execution, and what follows is others' code, where they have the rule. Compiled execution is measured for "
+        "elementwise rules only: the others have a program for each model, which takes minutes to make.",
+        "To their right, ratios of milliseconds: medians over neighbouring turns, so that drift cancels, and therefore "
+        "not the quotients of the columns. `/ fused Adam x bytes`: against torch's fused Adam times the bytes that the "
+        "rule reads and writes, as a share of Adam's. Below a table: how many rules meet the project's goals. 8-bit "
+        "states save memory, not time: on a CPU each step looks its codes up, element by element.",
     ]
     for size in steps["size"].unique():
         of_size = steps[steps["size"] == size]

@@ -105,12 +105,12 @@ def summary(table: pd.DataFrame) -> str:
         seconds=table.seconds.map("{:.2f}".format),
         process_seconds=table.process_seconds.map(lambda s: "" if np.isnan(s) else f"{s:.1f}"),
         mib=table.mib.map(lambda m: "" if np.isnan(m) else f"{m:.0f}"),
-    ).rename(columns={"process_seconds": "of its process", "mib": "MiB"})
-    columns = ["what", "runs", "seconds", "of its process", "MiB"]
+    ).rename(columns={"process_seconds": "with imports", "mib": "MiB"})
+    columns = ["what", "runs", "seconds", "with imports", "MiB"]
     lines = [
         shown[columns].to_markdown(index=False, disable_numparse=True),
-        "Seconds of a command are those after the imports, which its process pays too; MiB is the process's peak. "
-        + " ".join(f"`{name}`: {command.__doc__}" for name, command in COMMANDS.items()),
+        "Seconds of a command are those after the imports, in one process, so they scatter by some tenths; MiB is the "
+        "process's peak. " + " ".join(f"`{name}`: {command.__doc__}" for name, command in COMMANDS.items()),
     ]
     trained = table[table.what == "worker"]
     if len(trained) > 1:

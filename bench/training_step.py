@@ -214,8 +214,12 @@ def summary(table: pd.DataFrame) -> str:
         "probes at their default": table[table.way == "probed"].set_index("task").cost_of_default,
     }).loc[names].map("{:+.1%}".format)  # fmt: skip
     parts = [
-        "Milliseconds of a step in the fastest turn, and how many times as fast as the plain loop the fastest way is "
-        "(medians of neighbouring turns, as below).",
+        "Milliseconds of a step in the fastest turn; in the last column, how many times as fast as the plain loop the "
+        "fastest way is: a median over neighbouring turns, so that drift cancels, and not the quotient of two columns. "
+        "*Plain loop*: torch's DataLoader, eager float32 model and fastest optimizer, no logging. *Bare*: this "
+        "project's task, loss and optimizer in a loop. *Ours*: the same as a run trains, with logging and checks. "
+        "*Probed*: with norms at every step. The others are ours with one thing changed, and *everything* with all "
+        "that the task has of them, the optimizer compiled too. Empty: a task without images.",
         wide.fillna("").to_markdown(disable_numparse=True),
         "What the harness adds to the bare steps, and probes to those: at every step, and at the default's share of "
         "the steps of a run of the task's own budget.",
@@ -232,6 +236,7 @@ def summary(table: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
-NOTE = """What the ways are worth together, on a ResNet-8 on the AMD EPYC, in milliseconds a step: bfloat16 109, and
-channels-last 107; bfloat16 and compiled 96, and channels-last 95, and a compiled optimizer 94. Of the last,
-convolutions of oneDNN take 59, which no compiler changes, and the fused rest of the passes 34."""
+NOTE = """What the ways are worth together, on a ResNet-8 on the AMD EPYC, in milliseconds a step (another run, so not
+to be held against the table): bfloat16 109, and channels-last 107; bfloat16 and compiled 96, and channels-last 95, and
+a compiled optimizer 94. Of the last, convolutions of oneDNN take 59, which no compiler changes, and the fused rest of
+the passes 34."""

@@ -298,7 +298,7 @@ def plan_table(sweep: Sweep, workers: int, cluster: Slurm | None = None) -> Iter
         )  # fmt: skip
     yield table
     arms = ", ".join(experiment.arms)
-    yield f"{len(experiment.arms)} arms ({arms}) x {len(experiment.tasks)} tasks; seeds by stage: " + "; ".join(
+    yield f"{len(experiment.arms)} arms ({arms}) x {len(experiment.tasks)} tasks; runs by stage: " + "; ".join(
         f"{task} " + " + ".join(f"{n} {stage}" for stage, n in stages.items() if n) for task, stages in sizes.items()
     )
     rest = f"{_duration(left_total / workers)} left with {workers} worker{'s' if workers > 1 else ''}"

@@ -32,8 +32,8 @@ class Task(abc.ABC):
 
     tests/tasks/test_contract.py holds every task to this page, and to what makes it fit for a study: batches of
     one shape (or of few, see ``one_shape``), a loss at initialisation within 0.7 nats of ``initial_loss``, one
-    batch can be overfitted, a model made ``.double()`` works on the same batches, and the docstring names the
-    metric and describes every field as ``name: ...``.
+    batch can be overfitted, a model made ``.double()`` works on the same batches (it casts its inputs to the dtype of
+    its weights), and the docstring names the metric and describes every field as ``name: ...``.
 
     Attributes:
         revision: raised when the mathematics or the data preparation changes, so that old results are not

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.report import write
+from analysis.report import summary, verdict_markdown, write
 from analysis.tables import Results, load
-from analysis.verdicts import ALL, lr_summary, margin, verdicts
+from analysis.verdicts import ALL, in_words, lr_summary, margin, verdicts
 from runners.config import UserError
 from runners.experiment import Claim, Experiment, TaskPlan
 
@@ -209,6 +209,21 @@ def test_an_insensitive_assay_supports_nothing() -> None:
 def test_a_sensitive_assay_supports() -> None:
     table = judged(pilot() + arms(none=0.5), EQUIVALENT, SENSITIVE)
     assert overall(table, "sensitivity") == "supported" and overall(table, "equivalence") == "supported"
+
+
+@pytest.mark.parametrize(("none", "words"), [(0.5, "told apart"), (-0.5, "told apart (the arm is better)")])
+def test_a_report_says_when_no_warmup_is_better(none: float, words: str) -> None:
+    found = of(pilot() + arms(none=none), {"tells": SENSITIVE})
+    table = verdicts(found)
+    assert in_words(table.iloc[0]) == words and in_words(table.iloc[1]) == "supported"
+    assert f"By task: t {words}." in summary(found, table) and f"| {words} " in verdict_markdown(table)
+
+
+def test_a_report_says_that_an_optimum_may_lie_beyond_the_grid() -> None:
+    found = of(pilot() + arms(), {"like": EQUIVALENT})
+    assert "lies at an edge of the grid on t:" in summary(found, verdicts(found))
+    found = of(pilot() + arms(), {"like": EQUIVALENT}, lrs=(LR / 3, LR, 0.1))
+    assert "edge" not in summary(found, verdicts(found))
 
 
 def test_sensitivity_at_the_high_lr_is_enough() -> None:
