@@ -159,6 +159,7 @@ class Sweep:
                     run_id, cell = pending.pop(0)
                     pool.start(Job(run_id, cell.run))
                     display.began(run_id, cell)
+                display.tick(pool.status)
                 if not pool.busy and not pending:
                     if not elsewhere:
                         return counts
@@ -186,7 +187,6 @@ class Sweep:
                         gave_up.add(run_id)
                         if event.text:
                             display.say(f"{run_id}: {event.text}")
-                display.tick(pool.status)
 
     def _later(self, left: Counter[str]) -> Counter[str]:
         """Runs, by task, of stages that are not determined yet because tuning is not finished."""

@@ -63,6 +63,19 @@ def test_a_sweep_trains_what_is_missing_and_nothing_else(
     assert more.train(1)["done"] == len(ARMS) == len(in_process.started)
 
 
+def test_progress_counts_every_run_once(
+    tiny_experiment: MakeExperiment, store: Store, in_process: type[InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        sweeps.Display, "tick", lambda self, _: seen.append((sum(self.counts.values()), self.left.total()))
+    )
+    sweep = sweep_of(tiny_experiment(), store)
+    sweep.train(2)
+    runs = len({k for _, k in sweep.cells()})
+    assert {ended + left for ended, left in seen} == {runs} and seen[0] == (0, runs) and seen[-1] == (runs, 0)
+
+
 def test_the_number_of_workers_changes_nothing(
     tiny_experiment: MakeExperiment, tmp_path: Path, in_process: type[InProcess]
 ) -> None:
