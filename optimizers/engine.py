@@ -7,6 +7,7 @@ concerns parameters as a set is here: param groups, clipping, closures, state_di
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 import numbers
@@ -34,6 +35,11 @@ CHUNK = 1024
 
 
 _SPARSE = operator.attrgetter("grad.is_sparse")
+
+# torch's own methods without the decorator that has torch.compile leave them alone: at its first call that one imports
+# the compiler, which takes a process 4 s, whether it compiles or not.
+_add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+_load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
 class Engine(torch.optim.Optimizer):
@@ -138,7 +144,7 @@ class Engine(torch.optim.Optimizer):
             raise ValueError(f"{type(rule).__name__} has no internal weight decay: use another weight_decay_mode")
         self.warmup.factor(torch.ones(1, dtype=torch.float64), rule.second_moment_beta)
         # As plain values, so that a state_dict holds nothing that torch.load refuses.
-        super().add_param_group({**group, **_plain(rule)})
+        _add_param_group(self, {**group, **_plain(rule)})
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {f.name: group[f.name] for f in dataclasses.fields(self.rule_type)}
@@ -301,6 +307,9 @@ class Engine(torch.optim.Optimizer):
                 for p, value in saved:
                     p.copy_(value)
 
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every state tensor keeps the dtype it was saved with.
 
@@ -311,7 +320,7 @@ class Engine(torch.optim.Optimizer):
             if missing := sorted(set(self.defaults) - set(group)):
                 name = type(self).__name__
                 raise ValueError(f"this is not the state_dict of {name}: a param group has no {missing[0]!r}")
-        super().load_state_dict(state_dict)
+        _load_state_dict(self, state_dict)
         saved = state_dict["state"]
         ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)

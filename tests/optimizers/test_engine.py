@@ -1,6 +1,7 @@
 """The engine: param groups, weight decay, clipping, closures, schedulers, checkpoints, mistakes."""
 
 import copy
+import subprocess
 import sys
 import warnings
 from typing import Any, ClassVar
@@ -511,3 +512,20 @@ def test_sparse_gradients_and_complex_parameters_are_refused() -> None:
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"complex parameters are not supported$"):
         optimizers.SGD([p]).step()
+
+
+def test_the_compiler_is_imported_only_to_compile() -> None:
+    script = """if True:
+        import copy, sys, torch
+        from optimizers import RAdam
+        p = torch.nn.Parameter(torch.ones(3))
+        for execution in ("eager", "flat"):
+            optimizer = RAdam([p], lr=0.1, execution=execution, clip_norm=1.0)
+            optimizer.zero_grad()
+            p.sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        print("torch._dynamo" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"], done.stdout
