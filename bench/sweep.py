@@ -50,8 +50,8 @@ class Grid:
 GRIDS = (
     Grid("digits_resnet", 300, 10, 6),
     Grid("pydocs_lstm", 300, 10, 6),
-    Grid("phrases_transformer", 300, 5, 4),
-    Grid("cifar10_resnet", 50, 5, 4, ("task.depth=8",)),
+    Grid("phrases_transformer", 300, 10, 4),
+    Grid("cifar10_resnet", 50, 10, 4, ("task.depth=8",)),
 )
 QUICK = (Grid("digits_resnet", 5, 1, 1),)
 
