@@ -164,7 +164,8 @@ class Design:
                 self.base[arm, task] = run
 
     def cells(self, lookup: Lookup) -> Iterator[Cell]:
-        """The cells that are determined so far: those after tuning appear once a task's tuning is finished."""
+        """The cells that are determined so far: those after tuning appear once a task's reference arm is tuned, and
+        ``own`` ones once their arm is."""
         for task in self.experiment.tasks:
             yield from self._task_cells(task, lookup)
 
@@ -181,13 +182,12 @@ class Design:
         best: dict[str, float] = {}
         for arm in experiment.arms:
             values = [(c.lr, lookup(c)) for c in tuning if c.arm == arm]
-            if any(summary is None for _, summary in values):
-                if reference is None:
-                    continue  # the others need not wait for it
-                return
-            best[arm] = best_lr([(lr, s) for lr, s in values if s is not None])
+            if all(summary is not None for _, summary in values):  # the others need not wait for it
+                best[arm] = best_lr([(lr, s) for lr, s in values if s is not None])
         if reference is None:
             yield from block("test", best, plan.test_seeds)
+            return
+        if reference not in best:
             return
         primary = best[reference]
         for lr in (primary, primary * math.sqrt(2)):

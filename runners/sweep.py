@@ -153,7 +153,8 @@ class Sweep:
                     elsewhere = {k: c for k, c in elsewhere.items() if k in missing and self.store.claimed(k)}
                     pending = [(k, c) for k, c in missing.items() if k not in flying | gave_up | elsewhere.keys()]
                     left = Counter(cell.task for run_id, cell in missing.items() if run_id not in gave_up)
-                    display.expect(left + self._later(left), counts)
+                    later = Counter({task: n for task, n in self.undetermined().items() if left[task]})
+                    display.expect(left + later, counts)
                     replan = False
                 while pool.idle and pending:
                     run_id, cell = pending.pop(0)
@@ -188,16 +189,16 @@ class Sweep:
                         if event.text:
                             display.say(f"{run_id}: {event.text}")
 
-    def _later(self, left: Counter[str]) -> Counter[str]:
-        """Runs, by task, of stages that are not determined yet because tuning is not finished."""
-        seen = {(cell.task, cell.stage) for cell, _ in self.cells()}
-        later: Counter[str] = Counter()
-        for task, stages in self.design.size().items():
-            tuned = any((task, stage) in seen for stage in stages if stage != "tuning")
-            for stage, count in stages.items():
-                if left[task] and not tuned and stage not in ("tuning", "own", "high"):
-                    later[task] += count
-        return later
+    def undetermined(self) -> Counter[str]:
+        """The runs that tuning has yet to determine, by task; but for those of ``own`` and ``high``, of which there may
+        be none. A task that is not there is tuned."""
+        runs = {run_id: cell for cell, run_id in self.cells()}
+        determined = Counter((cell.task, cell.stage) for cell in runs.values())
+        untuned = {task for (task, _), count in self._untuned.items() if count > 0}
+        return Counter({
+            task: sum(max(0, n - determined[task, s]) for s, n in stages.items() if s not in ("own", "high"))
+            for task, stages in self.design.size().items() if task in untuned
+        })  # fmt: skip
 
 
 class Display:
@@ -279,21 +280,20 @@ def plan_table(sweep: Sweep, workers: int, cluster: Slurm | None = None) -> Iter
     for run_id, cell in cells.items():
         if sweep.summary(run_id, cell.run) is not None:
             done[cell.task, cell.stage] = done.get((cell.task, cell.stage), 0) + 1
-    known = {(cell.task, cell.stage) for cell in cells.values()}
+    undetermined = sweep.undetermined()
     table = Table(
         "task", "steps", "lrs", "runs", "done", "s a run", "left", title=f"{experiment.name}: {experiment.question}"
     )
     left_total, runs_total, done_total = 0.0, 0, 0
     for task, plan in experiment.tasks.items():
-        determined = sum(cell.task == task for cell in cells.values())
-        tuned = (task, "pilot") in known or (task, "test") in known or not plan.test_seeds
-        runs = determined if tuned else sum(n for stage, n in sizes[task].items() if stage not in ("own", "high"))
+        runs = sum(cell.task == task for cell in cells.values()) + undetermined[task]
+        least = task in undetermined and plan.test_seeds
         finished = sum(n for (t, _), n in done.items() if t == task)
         left = (runs - finished) * seconds[task]
         left_total, runs_total, done_total = left_total + left, runs_total + runs, done_total + finished
         steps = next(r for (_, t), r in sweep.design.base.items() if t == task).steps
         table.add_row(
-            task, str(steps), experiment.grid(task), f"{'' if tuned else '≥ '}{runs}", str(finished),
+            task, str(steps), experiment.grid(task), f"{'≥ ' if least else ''}{runs}", str(finished),
             "?" if math.isnan(seconds[task]) else f"{seconds[task]:.1f}", _duration(left),
         )  # fmt: skip
     yield table

@@ -167,6 +167,16 @@ def test_stages_appear_when_tuning_is_finished_each_with_seeds_of_its_own(tiny_e
     expected |= {("own", "radam", 0.003, 3000)} | {("control", "warm", 0.03, seed) for seed in (4000, 4001)}
     assert cells == expected
     assert all((c.run.lr, c.run.seed, c.run.steps) == (c.lr, c.seed, 10) for c in after)
+
+    def without(arm: str) -> set[tuple[str, str, float, int]]:
+        known = design.cells(
+            lambda cell: None if cell.arm == arm else finished(0.1 if cell.lr == best[cell.arm] else 0.2)
+        )
+        return {(c.stage, c.arm, c.lr, c.seed) for c in known}
+
+    # Only its own stage waits for an arm that is not tuned yet; every later one waits for the reference.
+    assert without("radam") == cells - {("own", "radam", 0.003, 3000)}
+    assert without("warm") == {cell for cell in cells if cell[0] == "tuning"}
     for stage, count in design.size()["tiny"].items():
         found = sum(c.stage == stage for c in after)
         assert found <= count if stage == "own" else found == count

@@ -94,13 +94,15 @@ def test_divergence_is_a_result_and_an_error_is_tried_again_while_the_rest_goes_
     arms = {**ARMS, **own}
     experiment = tiny_experiment(arms)
     sweep = sweep_of(experiment, store)
-    # Broken tuning runs keep the later stages from being determined; everything else of the stage is there.
-    assert sweep.train(2) == {"done": 6, "diverged": 2, "error": 2}
-    assert {cell.arm for cell in sweep.missing().values()} == {"broken"}
+    assert sweep.undetermined() == {"tiny": 4 + 2 + 10}
+    # Tuning: 2 of each arm, so 6, 2 and 2. The reference is tuned, so all of the later stages but "own" of the broken
+    # arm is there too: 4 pilots and 2 controls, 2 tests of each arm, and one of the wild at its own lr.
+    assert sweep.train(2) == {"done": 6 + 4 + 2 + 6, "diverged": 2 + 2 + 1, "error": 2 + 2}
+    assert {cell.arm for cell in sweep.missing().values()} == {"broken"} and sweep.undetermined() == {"tiny": 0}
     assert all(sweep.store.status(k) == "error" for k in sweep.missing())
     in_process.started.clear()
-    assert sweep_of(experiment, store).train(2) == {"done": 0, "diverged": 0, "error": 2}
-    assert len(in_process.started) == 2  # the broken ones, once each; the diverged ones are not run again
+    assert sweep_of(experiment, store).train(2) == {"done": 0, "diverged": 0, "error": 4}
+    assert len(in_process.started) == 4  # the broken ones, once each; the diverged ones are not run again
     runs = collected(sweep, tmp_path / "results")
     wild = runs[runs.arm == "wild"]
     assert (wild.status == "diverged").all() and (wild.diverged_at == 4).all() and (wild.test == 1.0).all()
