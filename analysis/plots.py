@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -82,7 +82,8 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
 
     Thin lines are seeds, the thick one their median, in which a diverged run counts as infinitely high; the
     crosses on top say where runs diverged. What is drawn, and stored, is the mean of the last 2 % of the budget
-    (of what there is, at the start), at evenly spaced steps. Shaded: the untuned linear warmup, 2 / (1 - beta2).
+    (of what there is, at the start), at evenly spaced steps. Shaded, where an arm has an untuned warmup: that of the
+    linear one, 2 / (1 - beta2).
     Table: task, stage, lr, arm, step, median, diverged (seeds, up to that step), and one column a seed.
     """
     figure, axes = _grid(_wrapped(experiment.tasks, _stages(runs, experiment)), size=(3.4, 2.6))
@@ -91,7 +92,8 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
     points = _points(every.values())
     for (task, stage), ax in axes.items():
         cells = every[task, stage]
-        lr, steps, length = cells.lr.iloc[0], int(cells.steps.max()), _untuned_length(cells)
+        lr, steps = cells.lr.iloc[0], int(cells.steps.max())
+        length = _untuned_length(cells) if _is_untuned(experiment) else None
         if length is not None:
             ax.axvspan(0, min(length, steps), color=BAND, linewidth=0, zorder=0)
         at = np.unique(np.linspace(1, steps, points).round()).astype(int)
@@ -103,7 +105,7 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
     table = pd.concat(tables)
     handles: list[Line2D | Patch] = [*_handles(arm_looks, markers=False)]
     handles += _diverged_handle(pd.concat(every.values()), counted=False)
-    if any(_untuned_length(cells) is not None for cells in every.values()):
+    if _is_untuned(experiment) and any(_untuned_length(cells) is not None for cells in every.values()):
         handles.append(Patch(color=BAND, label="untuned linear warmup"))
     _legend(figure, handles)
     return figure, _first(table, ["task", "stage", "lr", "arm", "step", "median", "diverged"])
@@ -470,6 +472,11 @@ def _untuned_length(cells: pd.DataFrame) -> float | None:
     if len(betas) > 1:
         return None
     return float(f"{2 / (1 - betas[0]):.9g}") if len(betas) else None
+
+
+def _is_untuned(experiment: Experiment) -> bool:
+    words = chain(experiment.overrides, *experiment.arms.values(), *(p.overrides for p in experiment.tasks.values()))
+    return any(word.startswith("warmup=untuned_") for word in words)
 
 
 def _is_linear(arm: str) -> bool:

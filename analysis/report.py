@@ -181,6 +181,8 @@ def _measured(found: Results) -> str:
     spent = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     machine = "; ".join(sorted({f"{r.device_name} ({r.device}), torch {r.torch}" for r in runs.itertuples()}))
     arms = "; ".join(f"`{arm}`: {' '.join(words)}" for arm, words in found.experiment.arms.items())
+    shared = [("all", found.experiment.overrides), *((t, p.overrides) for t, p in found.experiment.tasks.items())]
+    arms += "".join(f"; {whose}: {' '.join(words)}" for whose, words in shared if words)
     how = ", ".join([*sorted(runs.execution.unique()), *sorted(runs.precision.unique())])
     return f"On {machine}; execution {how}; {spent} of training added up over all workers.\n\nArms: {arms}."
 

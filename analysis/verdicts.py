@@ -152,7 +152,6 @@ def _row(
     test = paired_equivalence(arm.test.to_numpy(float), reference.test.to_numpy(float), limits.value)
     power = planned_power(len(arm), limits.value, limits.sd) if limits.sd > 0 and len(arm) > 1 else np.nan
     better = (test.mean_difference > 0) == bool(reference.higher_is_better.iloc[0])
-    turned = claim.kind == "sensitivity" and test.verdict == "refuted" and better
     return {
         **row,
         "difference": test.mean_difference,
@@ -163,15 +162,17 @@ def _row(
         "planned_power": power,
         "p_tost": test.p_tost,
         "verdict": test.verdict,
-        "reason": "the arm is better" if turned else test.reason,
+        "reason": "the arm is better" if test.verdict == "refuted" and better else test.reason,
     }
 
 
 def in_words(row: "pd.Series[Any]") -> str:
     """A row's verdict as people read it: to a sensitivity claim a refuted equivalence is the welcome answer."""
-    if row.kind != "sensitivity" or row.task == ALL:
-        return str(row.verdict)
-    word = {"refuted": "told apart", "supported": "found equivalent"}.get(row.verdict, str(row.verdict))
+    word = str(row.verdict)
+    if row.task == ALL:
+        return word
+    if row.kind == "sensitivity":
+        word = {"refuted": "told apart", "supported": "found equivalent"}.get(word, word)
     return f"{word} ({row.reason})" if row.verdict == "refuted" and row.reason else word
 
 

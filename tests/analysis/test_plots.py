@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_final_metrics_numbers() -> None:
     assert list(high["mean"]) == pytest.approx([(5 + 1.601 + 1.602) / 3] * 3)
     again = table[(table.stage == "control") & (table.task == "images")]
     assert list(again["mean"]) == pytest.approx([0.8795] * 2)
+
+
+@pytest.mark.parametrize(("words", "shaded"), [(("warmup=untuned_exponential",), True), (("warmup=linear",), False)])
+def test_the_untuned_warmup_is_shaded_where_an_arm_has_one(words: tuple[str, ...], shaded: bool) -> None:
+    arms = {**CLAIMED.arms, "untuned_linear": words}
+    figure, _ = plots.training_curves(RUNS, CURVES, dataclasses.replace(CLAIMED, arms=arms))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert ("untuned linear warmup" in labels) == shaded
 
 
 def test_training_curves_numbers() -> None:
