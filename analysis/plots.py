@@ -90,10 +90,10 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
     arm_looks, tables = _looks(experiment.arms), []
     every = {key: _cells(runs, experiment, key[1], key[0], "test") for key in axes}
     points = _points(every.values())
+    lengths = {key: _untuned_length(cells) for key, cells in every.items()} if _is_untuned(experiment) else {}
     for (task, stage), ax in axes.items():
         cells = every[task, stage]
-        lr, steps = cells.lr.iloc[0], int(cells.steps.max())
-        length = _untuned_length(cells) if _is_untuned(experiment) else None
+        lr, steps, length = cells.lr.iloc[0], int(cells.steps.max()), lengths.get((task, stage))
         if length is not None:
             ax.axvspan(0, min(length, steps), color=BAND, linewidth=0, zorder=0)
         at = np.unique(np.linspace(1, steps, points).round()).astype(int)
@@ -105,7 +105,7 @@ def training_curves(runs: pd.DataFrame, curves: pd.DataFrame, experiment: Experi
     table = pd.concat(tables)
     handles: list[Line2D | Patch] = [*_handles(arm_looks, markers=False)]
     handles += _diverged_handle(pd.concat(every.values()), counted=False)
-    if _is_untuned(experiment) and any(_untuned_length(cells) is not None for cells in every.values()):
+    if any(length is not None for length in lengths.values()):
         handles.append(Patch(color=BAND, label="untuned linear warmup"))
     _legend(figure, handles)
     return figure, _first(table, ["task", "stage", "lr", "arm", "step", "median", "diverged"])

@@ -192,9 +192,9 @@ class Sweep:
     def undetermined(self) -> Counter[str]:
         """The runs that tuning has yet to determine, by task; but for those of ``own`` and ``high``, of which there may
         be none. A task that is not there is tuned."""
-        runs = {run_id: cell for cell, run_id in self.cells()}
-        determined = Counter((cell.task, cell.stage) for cell in runs.values())
         untuned = {task for (task, _), count in self._untuned.items() if count > 0}
+        runs = {run_id: cell for cell, run_id in self.cells() if cell.task in untuned}
+        determined = Counter((cell.task, cell.stage) for cell in runs.values())
         return Counter({
             task: sum(max(0, n - determined[task, s]) for s, n in stages.items() if s not in ("own", "high"))
             for task, stages in self.design.size().items() if task in untuned
