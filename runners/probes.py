@@ -40,6 +40,7 @@ class Recorder:
             self.buffers["quantiles"] = column(len(QUANTILES))
         if self.histogram_steps:
             self.buffers["histogram"] = column(len(BINS) - 1)
+            self._edges = BINS.to(device)
         self._before: list[Tensor] | None = None
         self._checked = 0
 
@@ -53,12 +54,10 @@ class Recorder:
             self.buffers["gradient_l1"][t - 1] = torch.nn.utils.get_total_norm(self._gradients(), 1.0)
         if t in self.histogram_steps:
             logs = torch.cat([g.flatten() for g in self._gradients()]).abs().log10()
-            edges = BINS.to(logs)
+            edges = self._edges.to(logs)
             logs = logs.nan_to_num(neginf=float(BINS[0])).clamp(float(BINS[0]), float(BINS[-1]))
             index = (torch.bucketize(logs, edges, right=True) - 1).clamp(0, len(edges) - 2)
-            self.buffers["histogram"][t - 1] = (
-                torch.zeros(len(edges) - 1).to(logs).index_add_(0, index, torch.ones_like(logs))
-            )
+            self.buffers["histogram"][t - 1] = torch.zeros_like(edges[1:]).index_add_(0, index, torch.ones_like(logs))
         if t in self.norm_steps or t in self.quantile_steps:
             self._before = [p.detach().clone() for p in self.parameters]
 
@@ -75,7 +74,9 @@ class Recorder:
             sizes = torch.cat([m.flatten() for m in moved]).abs() / self.run.peak_lr
             # torch.quantile refuses more than 2^24 elements: take order statistics instead.
             ranks = [round(q * (len(sizes) - 1)) for q in QUANTILES]
-            self.buffers["quantiles"][t - 1] = sizes.sort().values[ranks]
+            ordered = sizes.sort().values
+            # One by one: a list of places would be copied to a GPU, and waited for.
+            self.buffers["quantiles"][t - 1] = torch.stack([ordered[rank] for rank in ranks])
 
     def first_bad(self, bound: float, t: int) -> int | None:
         """The first step up to t whose loss is not finite or above the bound. Waits for the device."""
@@ -100,7 +101,7 @@ class Recorder:
         ):
             listed = sorted(s for s in steps if s <= last)
             if steps:
-                rows = self.buffers[buffer][[s - 1 for s in listed]].cpu().numpy()
+                rows = self.buffers[buffer].cpu()[[s - 1 for s in listed]].numpy()
                 tables[buffer] = pd.DataFrame(rows, columns=names)
                 tables[buffer].insert(0, "step", listed)
         return tables

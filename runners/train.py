@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import math
+import os
 import pickle
 import platform
 import resource
@@ -257,10 +258,19 @@ class Checkpoint:
 
 
 def prepare(task: Task, place: Place) -> torch.device:
-    """Put a task's data on the device and set torch up so that a run can be repeated to the bit."""
+    """Put a task's data on the device and set torch up so that a run can be repeated to the bit.
+
+    On a GPU an operation that cannot be repeated raises RuntimeError when it is used, and says so.
+    """
     device = place.torch_device()
     if device.type == "cpu":
         torch.set_num_threads(1)  # one worker a core; and sums do not depend on the machine's number of cores
+    if device.type == "cuda":
+        # Read when cuBLAS is first used; without it neither it nor cuDNN's LSTM repeats itself.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Nobody reads it, and to fill it takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     try:

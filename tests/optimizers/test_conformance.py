@@ -26,6 +26,7 @@ from tests.optimizers.problems import (
     step,
 )
 from tests.optimizers.table import ROWS, STEPS, Row
+from tests.pretend_gpu import GPU, pretend_gpu
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 # Adam2k moves late, and Adan restarts at step 31.
@@ -114,6 +115,27 @@ def test_a_rule_is_a_value(row: Row) -> None:
     again = make(**describe(rule))
     assert again == rule and hash(again) == hash(rule)
     assert pickle.loads(pickle.dumps(rule)) == rule
+
+
+@every_row
+@pytest.mark.parametrize("execution", ["eager", "flat"])
+def test_on_a_gpu_it_mixes_no_devices_and_waits_for_nothing(row: Row, execution: str) -> None:
+    params = start(torch.float32)
+    here = row.make(params, execution=execution, clip_norm=2.0)
+    with pretend_gpu() as waits:
+        copies = [nn.Parameter(p.detach().to(GPU)) for p in params]
+        there = row.make(copies, execution=execution, clip_norm=2.0)
+        for t in range(1, HALF_WAY + 1):
+            loss = loss_of(params)
+            for p, q, g in zip(params, copies, gradients(params, t), strict=True):
+                p.grad, q.grad = g.clone(), g.to(GPU)
+            waits.clear()
+            step(here, loss)
+            step(there, loss.to(GPU, non_blocking=True))
+            assert t == 1 or waits == [], f"step {t}"  # constants of a rule may be sent there once
+        with here.evaluation_weights(), there.evaluation_weights():
+            assert equal([q.cpu() for q in copies], params)
+    assert all(tensor.device == GPU for tensor in state_tensors(there))
 
 
 @every_row

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from optimizers.scaling import Linear, Sqrt
 from optimizers.sgd import SGD
 from runners import forward
 from runners import train as training
-from runners.config import Place, Run, compose_run
+from runners.config import Place, Probes, Run, compose_run
 from runners.experiment import value
 from runners.initialisations import GradInit
 from runners.store import Result, Store
-from runners.train import Interrupted, make_optimizer
+from runners.train import Interrupted, make_optimizer, prepare, train
 from runners.worker import Job, carry_out
 from tasks.digits_resnet import DigitsResNet
+from tests.pretend_gpu import GPU, pretend_gpu
 from tests.runners.conftest import tiny_run, trained
 from tests.runners.tiny import Tiny
 
@@ -72,6 +74,45 @@ def test_repeated_or_resumed_it_is_the_same_to_the_bit(
     resumed = trained(run, store, checkpoint_every=3)
     assert resumed.summary["seconds"]["from_step"] == 8
     same(resumed, straight)
+
+
+# Autocast knows by itself that there is no GPU.
+@pytest.mark.parametrize("name", sorted(set(RUNS) - {"bfloat16"}))
+def test_on_a_gpu_a_run_is_the_same_and_waits_at_looks_alone(
+    name: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECK_EVERY", 5)
+    run = RUNS[name]()
+    run = run.replace(probes=Probes(norms="all", l1_norms="all", update_quantiles="all", gradient_histogram="all"))
+    here = trained(run, store)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    looks: list[list[str]] = []
+    with pretend_gpu() as waits:
+        run.task.prepare(GPU, None)
+        there = train(run, run.task, GPU, store, progress=lambda t: (looks.append(waits[:]), waits.clear())[1])
+    assert looks[1:] == [["_to_copy from the GPU"]] * 3
+    assert there.summary["environment"]["device"] == "cuda"
+    for key, table in here.tables.items():
+        pd.testing.assert_frame_equal(there.tables[key], table, rtol=1e-4, atol=1e-6)
+    for split, metrics in here.summary["metrics"].items():
+        assert there.summary["metrics"][split] == pytest.approx(metrics, rel=1e-5)
+
+
+def test_on_a_gpu_what_cannot_be_repeated_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(Place, "torch_device", lambda self: GPU)
+    try:
+        with pretend_gpu():
+            assert prepare(Tiny(), Place(device="cuda")) == GPU
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # -- evaluation of averaged weights --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tasks.common import to_device
 from tasks.task import SCHEMA, Split, Task, digest, generator
 
 
@@ -47,6 +48,7 @@ class Tiny(Task):
         while True:
             t += 1
             rows = torch.randint(0, 64, (self.batch_size,), generator=generator(seed, t))
+            rows = to_device(rows, self.device)
             yield t, self.x[rows], self.y[rows]
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.task import Task, available
+from tests.pretend_gpu import GPU, pretend_gpu
 
 CPU = torch.device("cpu")
 
@@ -204,3 +205,33 @@ def test_training_helps_on_held_out_data(task: Task) -> None:
     before = task.evaluate(model, "validation")["loss"]
     train(task, model, take(task, 0, 40), lr=0.003)
     assert task.evaluate(model, "validation")["loss"] < before
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # a DataLoader's, which looks for a real one
+def test_training_on_a_gpu_mixes_no_devices_and_waits_for_nothing(
+    name: str, task: Task, data_root: Callable[[str], str | None]
+) -> None:
+    def trained(task: Task, waits: list[str]) -> tuple[list[float], dict[str, float]]:
+        torch.manual_seed(0)
+        model, batches = task.model(), task.batches(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        losses = []
+        waits.clear()
+        for _ in range(4):
+            optimizer.zero_grad()
+            losses.append(task.loss(model, next(batches)))
+            losses[-1].backward()
+            optimizer.step()
+        # How many words each cluster of an adaptive softmax has is not known beforehand.
+        assert not waits or any(isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) for module in model.modules())
+        metrics = task.evaluate(model, "validation")
+        assert {value.device for value in (*losses, *metrics.values())} == {task.device}  # type: ignore[attr-defined]
+        return [loss.item() for loss in losses], {key: value.item() for key, value in metrics.items()}
+
+    losses, metrics = trained(task, [])
+    there = copy.copy(task)
+    with pretend_gpu() as waits:
+        there.prepare(GPU, data_root(name))
+        on_gpu = trained(there, waits)
+    assert on_gpu[0] == pytest.approx(losses, rel=1e-5)
+    assert on_gpu[1] == pytest.approx(metrics, rel=1e-5)
