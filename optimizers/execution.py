@@ -75,8 +75,11 @@ def run_compiled(
     Raises:
         NoCompiler: where code cannot be generated; nothing has been changed then.
     """
-    # In a tensor, so that a new value is not a new program; on the CPU, which every kernel can read.
+    # In a tensor, so that a new value is not a new program.
+    device = params[0].device
     scalars = torch.tensor([lr, decay, *c.values()], dtype=torch.float64)
+    if _home(device) != scalars.device:  # without waiting for the device
+        scalars = scalars.pin_memory().to(device, non_blocking=True)
     if not rule.elementwise or given:
         program = _over_shapes(rule, mode, tuple(p.shape for p in params))
         try:
@@ -91,7 +94,7 @@ def run_compiled(
     columns = [params, grads, *([state[name] for state in states] for name in names)]
     found = places([tuple(t.dtype for t in tensors) for tensors in zip(*columns, strict=True)])
     # All programs before the first of them runs: what cannot be compiled must not have begun.
-    programs = {kind: _over_vectors(rule, mode, tuple(c), params[0].device, names, kind) for kind in found}
+    programs = {kind: _over_vectors(rule, mode, tuple(c), device, names, kind) for kind in found}
     for kind, at in found.items():
         program, idle = programs[kind]
         for i in range(0, len(at), SLOTS):
@@ -152,7 +155,8 @@ def _over_vectors(
 
     # Lengths of which no two are equal, or it would be taken for granted that these always are.
     example = itertools.chain.from_iterable(columns([1000 + 10 * i for i in range(SLOTS)]))
-    graph = make_fx(step, tracing_mode="symbolic")(torch.zeros(2 + len(scalars), dtype=torch.float64), *example)
+    values = torch.zeros(2 + len(scalars), dtype=torch.float64, device=_home(device))
+    graph = make_fx(step, tracing_mode="symbolic")(values, *example)
     inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     try:
         from torch._dynamo import lookup_backend  # takes seconds
@@ -161,6 +165,12 @@ def _over_vectors(
     except RuntimeError as error:
         raise NoCompiler(_first_line(error)) from error
     return program, columns([2] * SLOTS)
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where the scalars of a step live: a GPU's kernels would have them from the CPU one by one, each by a call of its
+    own; elsewhere on the CPU, which every kernel can read."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _first_line(error: Exception) -> str:

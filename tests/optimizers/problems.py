@@ -31,21 +31,21 @@ def gradient(tensor: int, i: int, t: int, value: float) -> float:
 
 def gradients(params: list[nn.Parameter], t: int) -> list[Tensor]:
     """The same for whole tensors."""
-    x, w = (p.detach().double() for p in params)
+    x, w = (p.detach().double().cpu() for p in params)
     i = torch.arange(1, 7, dtype=torch.float64)
     k = torch.arange(12, dtype=torch.float64)
     gx = torch.tensor(CURVATURES[0], dtype=torch.float64) * (x - 0.3) + 0.5 * torch.sin(0.7 * t * i)
     pull = torch.tensor(CURVATURES[1][:3], dtype=torch.float64) * (w - 0.1)
     gw = pull + (0.2 * torch.cos(1.3 * t + k)).reshape(4, 3)
-    return [g.to(p.dtype) for p, g in zip(params, (gx, gw), strict=True)]
+    return [g.to(p) for p, g in zip(params, (gx, gw), strict=True)]
 
 
 def loss_of(params: list[nn.Parameter]) -> Tensor:
     """The loss that rules see that need one: 1 + the part of the gradient that is one of a loss."""
-    x, w = (p.detach().double() for p in params)
+    x, w = (p.detach().double().cpu() for p in params)
     curvatures = [torch.tensor(a, dtype=torch.float64) for a in CURVATURES]
     loss = 1 + (curvatures[0] * (x - 0.3) ** 2).sum() / 2 + (curvatures[1].reshape(4, 3) * (w - 0.1) ** 2).sum() / 2
-    return loss.to(params[0].dtype)
+    return loss.to(params[0])
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor | float) -> None:

@@ -5,6 +5,8 @@ compiler); one of each kind of state goes through code generation as well, which
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import optimizers
 from optimizers import Engine, engine, execution, warmups
 from optimizers.rule import available
 from tests.optimizers.problems import difference, run, start
+from tests.pretend_gpu import GPU, pretend_gpu
 
 STEPS = 50
 TOLERANCE = 1e-12
@@ -105,6 +108,32 @@ def test_without_a_compiler_execution_is_flat_and_says_so(name: str) -> None:
     assert optimizer.execution == "flat"
     run(optimizer, params, 2, 5)  # without another warning, which would be an error
     assert difference([p.detach() for p in params], end(name, "eager", 5, torch.float64, weight_decay=0.02)) < 1e-14
+
+
+class Untraced:
+    """A function in place of the program that torch would make of it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.graph = function, self
+
+    def find_nodes(self, op: str) -> list[Any]:
+        return []
+
+
+@pytest.mark.parametrize("name", [name for name, rule in available().items() if rule.elementwise])
+def test_on_a_gpu_it_mixes_no_devices_and_waits_for_nothing(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "make_fx", lambda step, tracing_mode: lambda *example: Untraced(step))
+    monkeypatch.setattr("torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graph.function)
+    with pretend_gpu() as waits:
+        params = [nn.Parameter(p.detach().to(GPU)) for p in start()]
+        optimizer = optimizer_of(name, params, "compiled", **OPTIONS)
+        there = [p.cpu() for p in run(optimizer, params, 1, STEPS)]
+        waits.clear()
+        optimizer.step(loss=torch.zeros(()))
+        assert waits == []
+    assert difference(there, end(name, "eager", STEPS, torch.float64, **OPTIONS)) < TOLERANCE
 
 
 def test_agrees_with_eager_in_half_precision(backend: str) -> None:
