@@ -39,22 +39,30 @@ def stamped(table: pd.DataFrame, place: Place) -> pd.DataFrame:
     )
 
 
+def file_of(part: str, device: str) -> str:
+    """A GPU's table stands beside a CPU's."""
+    return f"{part}.csv" if device == "cpu" else f"{part}_{device}.csv"
+
+
 def report(folder: Path) -> str:
     """The report in Markdown, from the tables that are there."""
-    lines = [
-        "# How fast it is",
-        "`make bench` measures this anew. Within a table all candidates took turns on one machine.",
-    ]
+    lines = ["# How fast it is"]
+    lines.append("`make bench` measures this anew. Within a table all candidates took turns on one machine.")
+    if not any((folder / file_of(name, "cuda")).exists() for name in PARTS):
+        lines.append("No GPU has been measured yet; where there is one, `make bench` does, and keeps the CPU's tables.")
     for name, part in PARTS.items():
-        path = folder / f"{name}.csv"
         lines.append(f"## {part.TITLE}")
-        if not path.exists():
+        tables = [path for device in ("cpu", "cuda") if (path := folder / file_of(name, device)).exists()]
+        if not tables:
             lines.append(f"Not measured yet: `python -m bench {name}`.")
-            continue
-        table = pd.read_csv(path)
-        stamp = table.iloc[0]
-        lines.append(f"{stamp.date} · {stamp.device}, {stamp.cores} cores · torch {stamp.torch}, Python {stamp.python}")
-        lines.append(part.summary(table).strip())
+        for path in tables:
+            table = pd.read_csv(path)
+            first = table.iloc[0]
+            where = f"{first.device}, {first.cores} cores"
+            lines.append(f"{first.date} · {where} · torch {first.torch}, Python {first.python}")
+            lines.append(part.summary(table).strip())
+        if tables and hasattr(part, "TRIED"):
+            lines.append(part.TRIED)
     return "\n\n".join(lines) + "\n"
 
 
@@ -75,7 +83,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"no part is called {name!r}{nearest(name, PARTS)}")
         for name in words.parts or PARTS:
             table = stamped(PARTS[name].measure(place, words.quick), place)
-            write_whole(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
+            write_whole(
+                folder / file_of(name, place.torch_device().type), table.to_csv(index=False, float_format="%.5g")
+            )
         write_whole(folder / "report.md", report(folder))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -315,10 +315,10 @@ def summary(table: pd.DataFrame) -> str:
             f"RAdam's first compiled step in a new process: {told}, most of it the import of the compiler. A program "
             "is a rule's, for models of all shapes."
         )
-    return "\n\n".join([*parts, NOTE])
+    return "\n\n".join(parts)
 
 
-NOTE = """Flat execution takes large tensors where they are and what is small joined, 131,072 elements at a time. Tried
+TRIED = """Flat execution takes large tensors where they are and what is small joined, 131,072 elements at a time. Tried
 and left out: all of a model as one vector, which gives the same bits, but the vectors that a step computes on its way
 then leave the cache and are new memory at every step: for Adam at 4 M and 24 M 28 and 211 ms on the AMD EPYC, against 9
 and 45. Pieces of 32,768, 65,536 and 262,144 elements: 10.5, 9.3 and 9.6 ms at 4 M, 57, 47 and 41 ms at 24 M. (At

@@ -56,12 +56,17 @@ GRIDS = (
 QUICK = (Grid("digits_resnet", 5, 1, 1),)
 
 
-def measure(place: Place, quick: bool) -> pd.DataFrame:
-    """One row a task and candidate: ``runs_per_hour`` of the whole grid, and how it was found.
+def worker_counts(device: str, cores: int) -> list[int]:
+    """With how many workers ours is measured: one a core, or on a GPU 1, 2, 4, ... up to that."""
+    return [cores] if device == "cpu" else [2**i for i in range(cores.bit_length())]
 
-    Columns: task, steps, runs (of the grid), candidate, timed (runs that were really made), seconds (that they took),
-    seconds_a_run, startup (seconds, paid once), runs_per_hour. The runs of Hydra and joblib are timed before and after
-    ours, half each. A task without data is left out.
+
+def measure(place: Place, quick: bool) -> pd.DataFrame:
+    """One row a task, candidate and number of workers: ``runs_per_hour`` of the whole grid, and how it was found.
+
+    Columns: task, steps, runs (of the grid), candidate, workers (processes at a time), timed (runs that were really
+    made), seconds (that they took), seconds_a_run, startup (seconds, paid once), runs_per_hour. The runs of Hydra and
+    joblib are timed before and after ours, half each. A task without data is left out.
     """
     rows: list[dict[str, Any]] = []
     cores = 1 if quick else len(os.sched_getaffinity(0))
@@ -72,57 +77,69 @@ def measure(place: Place, quick: bool) -> pd.DataFrame:
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        half, workers = grid.timed // 2, cores if device.type == "cpu" else 1
-        timed: dict[str, list[tuple[int, float, float]]] = {}
-        others: dict[str, Callable[[int, int], tuple[float, float]]] = {
-            MULTIRUN: lambda first, count, grid=grid: _multirun(grid, place, first, count),  # type: ignore[misc]
-            JOBLIB: lambda first, count, grid=grid: _joblib(grid, place, first, count, cores),  # type: ignore[misc]
+        half = grid.timed // 2
+        timed: dict[tuple[str, int], list[tuple[int, float, float]]] = {}
+        others: dict[tuple[str, int], Callable[[int, int], tuple[float, float]]] = {
+            (MULTIRUN, 1): lambda first, count, grid=grid: _multirun(grid, place, first, count),  # type: ignore[misc]
+            (JOBLIB, cores): lambda first, count, grid=grid: _joblib(grid, place, first, count, cores),  # type: ignore[misc]
         }
-        for name, call in others.items():
-            timed[name] = [(half, *call(0, half))] if half else []
-        timed[OURS] = [(grid.runs, _ours(grid, place, workers), 0.0)]
-        for name, call in others.items():
-            timed[name].append((grid.timed - half, *call(half, grid.timed - half)))
-        step = max(_bare(run, place, workers, 3 if quick else 40))
-        timed[CEILING] = [(grid.runs, step * grid.steps * grid.runs / workers, 0.0)]
-        for name, parts in timed.items():
+        for which, call in others.items():
+            timed[which] = [(half, *call(0, half))] if half else []
+        counts = worker_counts(device.type, cores)
+        for workers in counts:
+            timed[OURS, workers] = [(grid.runs, _ours(grid, place, workers), 0.0)]
+        for which, call in others.items():
+            timed[which].append((grid.timed - half, *call(half, grid.timed - half)))
+        for workers in counts:
+            step = max(_bare(run, place, workers, 3 if quick else 40))
+            timed[CEILING, workers] = [(grid.runs, step * grid.steps * grid.runs / workers, 0.0)]
+        for (name, workers), parts in timed.items():
             count, seconds = sum(p[0] for p in parts), sum(p[1] for p in parts)
             startup = sum(p[2] for p in parts) / len(parts)
             rows.append({
-                "task": grid.task, "steps": grid.steps, "runs": grid.runs, "candidate": name, "timed": count,
-                "seconds": seconds, "seconds_a_run": seconds / count, "startup": startup,
+                "task": grid.task, "steps": grid.steps, "runs": grid.runs, "candidate": name, "workers": workers,
+                "timed": count, "seconds": seconds, "seconds_a_run": seconds / count, "startup": startup,
                 "runs_per_hour": 3600 * grid.runs / (startup + seconds / count * grid.runs),
             })  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def summary(table: pd.DataFrame) -> str:
-    """The table, with how many times as fast ours is."""
-    rows = []
+    """The table, with how many times as fast ours is: with that number of workers with which it is fastest."""
+    rows, by_workers = [], []
     for task, of_task in table.groupby("task", sort=False):
-        rate = of_task.set_index("candidate").runs_per_hour
+        rate = of_task.groupby("candidate").runs_per_hour.max()
+        ours = of_task[of_task.candidate == OURS]
         first = of_task.iloc[0]
         rows.append({
             "task": task, "grid": f"{first.runs} runs of {first.steps} steps",
             **{name: f"{rate[name]:,.0f}" for name in (MULTIRUN, JOBLIB, OURS, CEILING)},
+            "workers": ours.sort_values("runs_per_hour").workers.iloc[-1],
             "times multirun": f"{rate[OURS] / rate[MULTIRUN]:.2f}", "times joblib": f"{rate[OURS] / rate[JOBLIB]:.2f}",
             "of the ceiling": f"{rate[OURS] / rate[CEILING]:.0%}",
         })  # fmt: skip
-    shown = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-    return f"Runs per hour, from the command to its tables, validation and test included.\n\n{shown}\n\n{NOTE}"
+        by_workers.append({"task": task, **ours.set_index("workers").runs_per_hour.map("{:,.0f}".format)})
+    parts = ["Runs per hour, from the command to its tables, validation and test included.", _markdown(rows), NOTE]
+    if max(map(len, by_workers)) > 2:
+        parts[2:2] = ["Runs per hour of this project's sweep by its number of workers.", _markdown(by_workers)]
+    return "\n\n".join(parts)
+
+
+def _markdown(rows: list[dict[Any, Any]]) -> str:
+    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 NOTE = """*Hydra multirun*: its basic launcher, one job after the other, each a process of `bench/plain.py` (DataLoader,
 eager model, fused AdamW, no logging) with torch's default threads. *joblib*: the same processes, one a core, one thread
 each. Both are timed on a few runs, before and after ours, and counted for the whole grid; ours is the whole grid, from
 the start of `python -m runners.sweep run` to its end. *Ceiling*: what all cores could give if there were nothing but
-training steps: no start, no evaluation, no data to load, each core at work while the others are. (With 50 steps of
-CIFAR-10 the evaluation on 15,000 images is 39 % of a run.)
+training steps: no start, no evaluation, no data to load, each core (on a GPU, each worker) at work while the others
+are. (With 50 steps of CIFAR-10 the evaluation on 15,000 images is 39 % of a run on the AMD EPYC.)"""
 
-Tried and left out: runs stacked along a lane dimension (`torch.func.vmap` over the models of 4 runs, on one core of the
-AMD EPYC). Milliseconds of forward and backward a run and step, stacked against one after the other: phrases_transformer
-68 / 55, pydocs_lstm 23 / 14, digits_resnet 5.6 / 6.7. It loses on two tasks of three, and on the third it wins less
-than it costs in code and in results that depend on which runs were stacked."""
+TRIED = """Tried and left out: runs stacked along a lane dimension (`torch.func.vmap` over the models of 4 runs, on one
+core of the AMD EPYC). Milliseconds of forward and backward a run and step, stacked against one after the other:
+phrases_transformer 68 / 55, pydocs_lstm 23 / 14, digits_resnet 5.6 / 6.7. It loses on two tasks of three, and on the
+third it wins less than it costs in code and in results that depend on which runs were stacked."""
 
 
 def _rates(first: int, count: int) -> list[float]:
@@ -173,20 +190,11 @@ def _ours(grid: Grid, place: Place, workers: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speed.yaml"
         path.write_text(yaml.safe_dump(experiment))
-        words = [
-            "run",
-            str(path),
-            "--store",
-            f"{folder}/runs",
-            "--results",
-            f"{folder}/results",
-            "--device",
-            place.device,
-        ]
+        words = ["run", str(path), "--store", f"{folder}/runs", "--results", f"{folder}/results",
+                 "--device", place.device, "--workers", str(workers),
+                 *(["--data-root", place.data] if place.data else [])]  # fmt: skip
         started = time.perf_counter()
-        said = _run(
-            [sys.executable, "-m", "runners.sweep", *words, *(["--data-root", place.data] if place.data else [])]
-        )
+        said = _run([sys.executable, "-m", "runners.sweep", *words])
         seconds = time.perf_counter() - started
         assert f"{grid.runs} done" in said or "diverged" in said, said
     return seconds

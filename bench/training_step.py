@@ -231,12 +231,11 @@ def summary(table: pd.DataFrame) -> str:
         parts += [
             "Seconds to compile the model in bfloat16.",
             seconds.map("{:.0f}".format).to_markdown(disable_numparse=True),
-            NOTE,
         ]
     return "\n\n".join(parts)
 
 
-NOTE = """What the ways are worth together, on a ResNet-8 on the AMD EPYC, in milliseconds a step (another run, so not
+TRIED = """What the ways are worth together, on a ResNet-8 on the AMD EPYC, in milliseconds a step (another run, so not
 to be held against the table): bfloat16 109, and channels-last 107; bfloat16 and compiled 96, and channels-last 95, and
 a compiled optimizer 94. Of the last, convolutions of oneDNN take 59, which no compiler changes, and the fused rest of
 the passes 34. Those of a ResNet-20 take 172 of 240, at 180 GFLOP/s."""

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 from bench import sweep
 from runners.config import Place
 
@@ -13,3 +15,17 @@ def test_the_quick_benchmark_runs_every_candidate(tmp_path: Path) -> None:
     assert (table.runs_per_hour > 0).all() and (table.seconds_a_run > 0).all()
     text = sweep.summary(table)
     assert "digits_resnet" in text and "times multirun" in text
+
+
+def test_on_a_gpu_ours_is_measured_with_several_workers_and_the_fastest_counts() -> None:
+    assert sweep.worker_counts("cpu", 3) == [3]
+    assert sweep.worker_counts("cuda", 1) == [1] and sweep.worker_counts("cuda", 16) == [1, 2, 4, 8, 16]
+    rates = {(sweep.MULTIRUN, 1): 100, (sweep.JOBLIB, 4): 200, (sweep.OURS, 1): 900, (sweep.OURS, 2): 1500,
+             (sweep.OURS, 4): 1200, (sweep.CEILING, 1): 1000, (sweep.CEILING, 4): 3000}  # fmt: skip
+    table = pd.DataFrame(
+        {"task": "t", "steps": 9, "runs": 60, "candidate": name, "workers": workers, "runs_per_hour": rate}
+        for (name, workers), rate in rates.items()
+    )
+    text = sweep.summary(table)
+    for cell in ("1,500", "15.00", "7.50", "50%", "900", "1,200"):
+        assert f" {cell} " in text, cell
