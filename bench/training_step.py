@@ -8,6 +8,9 @@ Of each task, all on one thread of a CPU, or on the GPU:
     probed      the same with the norms of gradient and update at every step
     bfloat16, channels_last, compiled, everything
                 ours in that way; everything is all of them, and the optimizer compiled too
+    cuda_graph, graph_everything
+                on a GPU: ours with the passes as a CUDA graph; and with bfloat16, channels_last and the optimizer
+                compiled besides
 
 A turn has the steps between two looks at the losses, fewer where they would last longer than TURN: then the looks come
 oftener than in a run, and what they cost shows as more. Where batches differ in shape, ours are of the commonest one,
@@ -50,7 +53,7 @@ REAL: dict[str, list[str]] = {
 """Measured where there is a data root that has them."""
 
 COMPILED, CHANNELS_LAST = ["model_execution=compiled"], ["task.channels_last=true"]
-BFLOAT16 = ["precision=bfloat16"]
+BFLOAT16, GRAPH = ["precision=bfloat16"], ["model_execution=cuda_graph"]
 TURN, ROUNDS, BUDGET = 0.5, 20, 20_000
 """Seconds of a turn, turns of each, and the budget of the runs, of which they take the first steps."""
 
@@ -104,12 +107,15 @@ def composed(words: list[str], place: Place) -> Run:
     return run
 
 
-def ways(words: list[str], compiled: bool) -> dict[str, list[str]]:
-    """The faster ways of a task in words of a run."""
+def ways(words: list[str], compiled: bool, device: str) -> dict[str, list[str]]:
+    """The faster ways of a task on a type of device, in words of a run."""
     layout = CHANNELS_LAST if hasattr(compose_run(words)[0].task, "channels_last") else []
     found = {"bfloat16": BFLOAT16, **({"channels_last": CHANNELS_LAST} if layout else {})}
     if compiled:
         found |= {"compiled": COMPILED, "everything": [*COMPILED, *BFLOAT16, *layout, "execution=compiled"]}
+    if device == "cuda":
+        optimizer = ["execution=compiled"] if compiled else []
+        found |= {"cuda_graph": GRAPH, "graph_everything": [*GRAPH, *BFLOAT16, *layout, *optimizer]}
     return found
 
 
@@ -121,7 +127,7 @@ def of_task(
     run = composed(words, place)
     cpu = run if device.type == "cpu" else composed(words, Place(device="cpu", data_root=place.data_root))
     count = max(1, min(CHECK_EVERY, round(turn_s / Stepper(run).seconds(2))))
-    faster = ways(words, compiled)
+    faster = ways(words, compiled, device.type)
     calls = {"plain loop": turn(plain_loop(cpu, device), count), "bare": turn(bare(run), count)}
     runs = {
         "ours": run,

@@ -109,7 +109,8 @@ def row(cell: Cell, run_id: str, summary: dict[str, Any]) -> dict[str, Any]:
 
 def execution(run: Run) -> str:
     """How a run is executed, in words: the optimizer's step, and the model where it is not run eagerly."""
-    return run.execution if run.model_execution == "eager" else f"{run.execution} with a {run.model_execution} model"
+    model = {"eager": "", "compiled": " with a compiled model", "cuda_graph": " with the model as a CUDA graph"}
+    return run.execution + model[run.model_execution]
 
 
 def restore(folder: Path, store: Store) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class UserError(Exception):
     """A mistake in a config, on the command line or of the machine, told in one line."""
 
 
-ModelExecution = Literal["eager", "compiled"]
+ModelExecution = Literal["eager", "compiled", "cuda_graph"]
 Steps = Literal["default", "all"] | tuple[Annotated[int, Field(ge=1)], ...]
 
 

@@ -1,4 +1,7 @@
-"""The training loss of a run: its precision, and how the model's forward and backward passes are run.
+"""The training loss of a run and its gradient: its precision, and how the model's two passes are run.
+
+Eager, they are torch's kernels, launched one by one. As a CUDA graph, these are launched as a whole, see
+runners.graphs.
 
 Compiled, a task's loss and its gradient are one program for each precision and shape of batch, made by torch.compile
 when a process first meets it: of the order of a minute, and of some seconds where an earlier process left its code in
@@ -10,8 +13,6 @@ which runs the process had before. Therefore shapes are never generalised: a pro
 the shape that came first. Dropout draws the numbers that it draws in eager mode, from torch's generator, but for that
 between the layers of an LSTM, which draws others. Evaluation, initialisation and the statistics of averaged weights are
 eager in any case.
-
-There are no CUDA graphs here.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from runners.config import Run, UserError, first_line, name_of, plain
+from runners.graphs import Graphs
 from tasks.task import Task
 
 BACKEND = "inductor"
@@ -45,7 +47,7 @@ def loss_of(run: Run, task: Task, model: nn.Module) -> Callable[[Any], Tensor]:
             compiling, when it is called.
     """
     device = next(model.parameters()).device
-    if run.model_execution == "eager":
+    if run.model_execution != "compiled":
         compute = task.loss
     else:
         compiler_there(device, BACKEND, "model_execution=compiled", "model_execution=eager")
@@ -57,6 +59,28 @@ def loss_of(run: Run, task: Task, model: nn.Module) -> Callable[[Any], Tensor]:
             return compute(model, batch)
 
     return loss
+
+
+def passes_of(run: Run, task: Task, model: nn.Module) -> Callable[[Any], Tensor]:
+    """Forward and backward pass as a function of the batch, as the run computes them: the loss, without its history.
+    Gradients are left in the parameters' ``grad``, in place of those that were there.
+
+    Raises:
+        UserError: as ``loss_of``.
+    """
+    loss_on = loss_of(run, task, model)
+
+    def passes(batch: Any) -> Tensor:
+        loss = loss_on(batch)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.detach()
+
+    if run.model_execution != "cuda_graph":
+        return passes
+    if next(model.parameters()).device.type != "cuda":
+        raise UserError("model_execution=cuda_graph needs a GPU of NVIDIA: use model_execution=eager")
+    return Graphs(passes, model, shapes, f"model_execution=cuda_graph: {name_of(task)}")
 
 
 def compiler_there(device: torch.device, backend: str, setting: str, instead: str) -> None:

@@ -47,7 +47,7 @@ class Recorder:
     @torch.no_grad()
     def before_step(self, t: int, loss: Tensor) -> None:
         """Record step t's loss and gradients."""
-        self.buffers["loss"][t - 1] = loss.detach()
+        self.buffers["loss"][t - 1] = loss
         if t in self.norm_steps:
             self.buffers["gradient_norm"][t - 1] = torch.nn.utils.get_total_norm(self._gradients())
         if t in self.l1_steps:

@@ -11,7 +11,8 @@ import torch
 from runners.collect import STEP_TIMES
 from runners.config import Run
 from runners.experiment import Design
-from runners.loss import loss_of
+from runners.graphs import WARMUP
+from runners.loss import passes_of
 from runners.store import write_whole
 from runners.train import environment, make_optimizer
 
@@ -25,15 +26,13 @@ class Stepper:
         torch.manual_seed(0)
         self.model = run.task.model()
         self.optimizer = make_optimizer(run, self.model)
-        self.loss = loss_of(run, run.task, self.model)
+        self.passes = passes_of(run, run.task, self.model)
         self.batches = run.task.batches(0)
-        self.seconds(2)  # the first steps allocate and compile
+        self.seconds(WARMUP + 1 if run.model_execution == "cuda_graph" else 2)  # to allocate, compile or capture
 
     def step(self, batch: Any) -> torch.Tensor:
         """One step; the loss before it."""
-        loss = self.loss(batch)
-        self.optimizer.zero_grad()
-        loss.backward()
+        loss = self.passes(batch)
         self.optimizer.step(loss=loss)
         return loss
 

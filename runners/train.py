@@ -27,7 +27,7 @@ from optimizers.engine import Engine, engine_of
 from optimizers.rule import describe
 from runners.config import ROOT, Place, Probes, Run, UserError, first_line, name_of
 from runners.forward import reestimated
-from runners.loss import autocast, compiler_there, loss_of
+from runners.loss import autocast, compiler_there, passes_of
 from runners.probes import Recorder
 from runners.refine import refined
 from runners.store import Result, Store, write_whole
@@ -61,7 +61,7 @@ class Training:
             compiler_there(device, execution.BACKEND, "execution=compiled", "execution=flat")
         self.optimizer = make_optimizer(run, self.model)
         self.recorder = Recorder(run, self.model, device)
-        self.loss = loss_of(run, task, self.model)
+        self.passes = passes_of(run, task, self.model)
 
     def steps(self, first: int = 0, every: int | None = None) -> Iterator[tuple[int, int | None]]:
         """Train from step ``first`` + 1 to the end of the budget, or to where the run is found to have diverged.
@@ -75,9 +75,7 @@ class Training:
         batches = self.task.batches(self.run.seed, start=first)
         self.model.train()
         for t in range(first + 1, self.run.steps + 1):
-            loss = self.loss(next(batches))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = self.passes(next(batches))
             self.recorder.before_step(t, loss)
             self.optimizer.step(loss=loss)
             self.recorder.after_step(t)

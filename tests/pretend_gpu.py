@@ -2,11 +2,13 @@
 
 Within ``pretend_gpu()`` tensors can be put on the device ``GPU``. They say that they are there and are computed by the
 CPU. An operation on tensors there and here together is refused as CUDA refuses it, and so is one that CUDA cannot
-repeat to the bit; whatever makes the host wait for the device is noted. What only a real one can show is not seen: its
-kernels, cuDNN, autocast, memory and time.
+repeat to the bit; whatever makes the host wait for the device is noted. CUDA graphs can be captured and replayed: what
+Python does is not repeated then, and to wait while capturing is an error. What only a real one can show is not seen:
+its kernels, cuDNN, autocast, streams, memory and time.
 """
 
 import contextlib
+import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +81,7 @@ class Pretending(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.capturing: Graph | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,9 +96,9 @@ class Pretending(TorchDispatchMode):
                 to_gpu = all(isinstance(leaf, There) for leaf in tree_leaves(args[0]))
             blocking = not (kwargs.get("non_blocking") or (name != "_to_copy" and args[2:3] == (True,)))
             if there and not to_gpu:
-                self.waits.append(f"{name} from the GPU")
+                self._wait(f"{name} from the GPU")
             elif here and to_gpu and blocking:
-                self.waits.append(f"{name} to the GPU")
+                self._wait(f"{name} to the GPU")
         elif there:
             # Indices may be anywhere, but those that are here are sent there.
             indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)] if name in INDEXING else []
@@ -104,15 +107,76 @@ class Pretending(TorchDispatchMode):
             if name in UNREPEATABLE:
                 raise RuntimeError(f"{name} does not have a deterministic implementation")
             if name in WAITING or any(i.dtype == torch.bool or not isinstance(i, There) for i in indices):
-                self.waits.append(name)
+                self._wait(name)
         given = tree_map(_value, (args, kwargs))
         if asked is not None:
             given[1]["device"] = torch.device("cpu")
+        if self.capturing is not None:
+            arguments = zip(func._schema.arguments, given[0], strict=False)
+            self.capturing.keep([v for a, v in arguments if a.alias_info and a.alias_info.is_write])
+            if name == "native_batch_norm":
+                self.capturing.keep(list(given[0][3:5]))  # running statistics, of which its schema does not speak
         out = func(*given[0], **given[1])
+        if self.capturing is not None and (there or to_gpu):
+            self.capturing.calls.append((func, *given, out))
         if not to_gpu:
             return out
         wrapped = tree_map(lambda leaf: There(leaf) if isinstance(leaf, Tensor) else leaf, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+
+    def _wait(self, name: str) -> None:
+        if self.capturing is not None:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        self.waits.append(name)
+
+
+class Graph:
+    """In place of torch.cuda.CUDAGraph: operations on values, with the memory where their results are."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, values: list[Any]) -> None:
+        """Remember memory as it is before it is written for the first time."""
+        for value in (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)):
+            storage = value.untyped_storage()
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            self.before.setdefault(storage.data_ptr(), (whole, whole.clone()))
+
+    def captured(self) -> None:
+        """Capturing computes nothing: what was written is as it was, and what is new is not there yet."""
+        known = set(self.before)
+        for whole, value in self.before.values():
+            whole.copy_(value)
+        for _, args, kwargs, out in self.calls:
+            known |= {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+            for leaf in filter(_is_tensor, tree_leaves(out)):
+                if leaf.untyped_storage().data_ptr() not in known and leaf.is_floating_point():
+                    leaf.fill_(torch.nan)
+
+    def replay(self) -> None:
+        """All operations again, from and to the same memory."""
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                again = func(*args, **kwargs)
+                for place, value in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if _is_tensor(place) and place.data_ptr() != value.data_ptr():
+                        place.copy_(value)
+
+
+class Stream:
+    """In place of torch.cuda.Stream: all of them are one."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        pass
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
 
 
 def _value(leaf: Any) -> Any:
@@ -122,16 +186,36 @@ def _value(leaf: Any) -> Any:
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[list[str]]:
     """Within this context ``GPU`` can be used as a device; the list grows by what the host would have waited for."""
-    init, pin = torch.cuda._lazy_init, torch.Tensor.pin_memory
     swap, lift = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
-    torch.cuda._lazy_init = lambda: None
-    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment, method-assign]
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) is made here and copied
-    torch.__future__.set_swap_module_params_on_conversion(True)  # or module.to(GPU) unties tied weights
-    try:
-        with Pretending() as pretending:
-            yield pretending.waits
-    finally:
-        torch.cuda._lazy_init, torch.Tensor.pin_memory = init, pin  # type: ignore[method-assign]
-        torch._C._set_only_lift_cpu_tensors(lift)
-        torch.__future__.set_swap_module_params_on_conversion(swap)
+    pretending = Pretending()
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, pool: Any = None) -> Iterator[None]:
+        pretending.capturing, drawn = graph, torch.get_rng_state()
+        try:
+            yield
+        finally:
+            pretending.capturing = None
+            torch.set_rng_state(drawn)
+        graph.captured()
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, instead in (
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.Tensor, "pin_memory", lambda self, *_: self),
+            (torch.cuda, "CUDAGraph", Graph),
+            (torch.cuda, "graph", capture),
+            (torch.cuda, "graph_pool_handle", lambda: None),
+            (torch.cuda, "Stream", Stream),
+            (torch.cuda, "stream", contextlib.nullcontext),
+            (torch.cuda, "current_stream", Stream),
+        ):
+            stack.enter_context(unittest.mock.patch.object(owner, name, instead))
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) is made here and copied
+        torch.__future__.set_swap_module_params_on_conversion(True)  # or module.to(GPU) unties tied weights
+        try:
+            with pretending:
+                yield pretending.waits
+        finally:
+            torch._C._set_only_lift_cpu_tensors(lift)
+            torch.__future__.set_swap_module_params_on_conversion(swap)

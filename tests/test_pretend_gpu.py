@@ -117,3 +117,44 @@ def test_everything_is_as_before_afterwards() -> None:
     assert (torch.cuda._lazy_init, torch.Tensor.pin_memory) == before
     assert not torch.__future__.get_swap_module_params_on_conversion()
     assert not torch._C._only_lift_cpu_tensors()
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_repeats_operations_and_not_what_python_does() -> None:
+    with pretend_gpu():
+        x, total, calls = torch.ones(3, device=GPU), torch.zeros(3, device=GPU), []
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            calls.append("captured")
+            doubled = x[1:] * 2
+            total[1:] += doubled
+        # Capturing computes nothing.
+        assert total.tolist() == [0, 0, 0] and doubled.isnan().all()
+        for value in (1.0, 5.0):
+            x.fill_(value)
+            graph.replay()
+            assert doubled.tolist() == [2 * value] * 2
+        assert total.tolist() == [0, 12, 12] and calls == ["captured"]
+
+
+def test_a_graph_draws_new_numbers_each_time() -> None:
+    with pretend_gpu():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            drawn = nn.functional.dropout(torch.ones(64, device=GPU), 0.5)
+        found = []
+        for _ in range(2):
+            graph.replay()
+            found.append(drawn.tolist())
+        assert found[0] != found[1] and set(found[0]) == {0.0, 2.0}
+
+
+def test_waiting_while_capturing_is_an_error() -> None:
+    with pretend_gpu() as waits:
+        x = torch.ones(3, device=GPU)
+        with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.sum().item()
+        x.sum().item()
+        assert waits == ["_local_scalar_dense"]

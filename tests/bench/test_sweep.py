@@ -21,11 +21,15 @@ def test_on_a_gpu_ours_is_measured_with_several_workers_and_the_fastest_counts()
     assert sweep.worker_counts("cpu", 3) == [3]
     assert sweep.worker_counts("cuda", 1) == [1] and sweep.worker_counts("cuda", 16) == [1, 2, 4, 8, 16]
     rates = {(sweep.MULTIRUN, 1): 100, (sweep.JOBLIB, 4): 200, (sweep.OURS, 1): 900, (sweep.OURS, 2): 1500,
-             (sweep.OURS, 4): 1200, (sweep.CEILING, 1): 1000, (sweep.CEILING, 4): 3000}  # fmt: skip
+             (sweep.OURS, 4): 1200, (sweep.GRAPHS, 1): 800, (sweep.GRAPHS, 2): 2500, (sweep.GRAPHS, 4): 2400,
+             (sweep.CEILING, 1): 1000, (sweep.CEILING, 4): 5000}  # fmt: skip
     table = pd.DataFrame(
         {"task": "t", "steps": 9, "runs": 60, "candidate": name, "workers": workers, "runs_per_hour": rate}
         for (name, workers), rate in rates.items()
     )
     text = sweep.summary(table)
-    for cell in ("1,500", "15.00", "7.50", "50%", "900", "1,200"):
+    for cell in ("2,500", "25.00", "12.50", "50%", "900", "1,200", "2,400"):
         assert f" {cell} " in text, cell
+    # In one way with one number of workers there is nothing to choose from.
+    alone = table[(table.candidate != sweep.GRAPHS) & ((table.workers == 1) | (table.candidate == sweep.JOBLIB))]
+    assert "CUDA graphs" not in sweep.summary(alone)

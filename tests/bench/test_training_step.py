@@ -97,11 +97,11 @@ def test_a_task_with_batches_of_several_shapes_is_measured_on_one(monkeypatch: p
 
 
 def test_the_ways_are_those_that_a_task_has() -> None:
-    digits = part.ways(part.EMBEDDED["digits_resnet"], compiled=True)
+    digits = part.ways(part.EMBEDDED["digits_resnet"], compiled=True, device="cpu")
     assert list(digits) == ["bfloat16", "compiled", "everything"]
-    cifar = part.ways(part.REAL["cifar10_resnet8"], compiled=True)
+    cifar = part.ways(part.REAL["cifar10_resnet8"], compiled=True, device="cpu")
     assert list(cifar) == ["bfloat16", "channels_last", "compiled", "everything"]
-    assert "channels_last" in part.ways(part.REAL["cifar10_resnet8"], compiled=False)
+    assert "channels_last" in part.ways(part.REAL["cifar10_resnet8"], compiled=False, device="cpu")
     run, _ = compose_run([*part.REAL["cifar10_resnet8"], *cifar["everything"]])
     assert (run.precision, run.execution, run.model_execution) == ("bfloat16", "compiled", "compiled")
     assert run.science["task"]["channels_last"]
@@ -138,3 +138,12 @@ def test_the_summary_has_every_way_of_every_task() -> None:
     for told in ("| 5.00 ", "+1.2%", "+20.0%", "+4.1%", "first process", " 61 ", " 7 "):
         assert told in text, told
     assert text.index("| b ") < text.index("| a ") and "nan" not in text
+
+
+def test_a_gpu_has_graphs_too() -> None:
+    words = part.REAL["cifar10_resnet8"]
+    here, there = (part.ways(words, compiled=True, device=device) for device in ("cpu", "cuda"))
+    assert set(there) - set(here) == {"cuda_graph", "graph_everything"}
+    run, _ = compose_run([*words, *there["graph_everything"]])
+    assert (run.precision, run.execution, run.model_execution) == ("bfloat16", "compiled", "cuda_graph")
+    assert "execution=compiled" not in part.ways(words, compiled=False, device="cuda")["graph_everything"]

@@ -64,7 +64,7 @@ BAD: list[tuple[list[str], str]] = [
     (["task=phrases_transformer", "task.heads=5"], "heads=5"),
     (["weight_decay_mode=coupledd"], "'none', 'coupled', 'decoupled', 'proximal' or 'internal' (got 'coupledd')"),
     (["execution=falt"], "'eager', 'flat' or 'compiled' (got 'falt')"),
-    (["model_execution=graphs"], "model_execution: input should be 'eager' or 'compiled' (got 'graphs')"),
+    (["model_execution=graphs"], "model_execution: input should be 'eager', 'compiled' or 'cuda_graph' (got 'graphs')"),
     (["precision=fp16"], "'float32' or 'bfloat16' (got 'fp16')"),
     (["probes.norms=[0]"], "probes: norms.0: input should be greater than or equal to 1 (got 0)"),
     (["probes.norms=defualt"], "probes: norms"),
