@@ -59,9 +59,12 @@ def lr_curves(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
         cells["mean"] = cells.groupby(["arm", "lr"]).value.transform("mean")
         primary = _primary(runs, experiment, task)
         lrs = experiment.tasks[task].lrs
-        for arm, shift in zip(experiment.arms, _dodge(len(experiment.arms), 0.16), strict=True):
+        # Of the way between two rates, but little of the whole axis, or lines between two rates would not be compared
+        # where they are.
+        width = min(0.16 * math.log(_step(lrs)), 0.04 * math.log(max(lrs) / min(lrs)))
+        for arm, shift in zip(experiment.arms, _dodge(len(experiment.arms), width), strict=True):
             part = cells[cells.arm == arm].sort_values(["lr", "seed"])
-            x = part.lr * _step(lrs) ** shift
+            x = part.lr * math.exp(shift)
             _seeds(ax, x, part, arm_looks[arm])
             look = {**arm_looks[arm], "marker": "", "zorder": _above(arm_looks[arm])}
             ax.plot(x.groupby(part.lr).first(), part.groupby("lr")["mean"].first(), **look)
@@ -143,7 +146,7 @@ def final_metrics(runs: pd.DataFrame, experiment: Experiment) -> Drawn:
         for i, (arm, part) in enumerate(shown):
             part = part.sort_values("seed")
             x = pd.Series(i + np.array(_dodge(len(part), 0.45)), index=part.index)
-            _seeds(ax, x, part, arm_looks[arm])
+            _seeds(ax, x, part, {**arm_looks[arm], "marker": "o"})  # as the legend says: places tell arms apart
             mean = part.value.mean()
             ax.plot([i - 0.36, i + 0.36], [mean, mean], color=arm_looks[arm]["color"], linewidth=2)
             tables.append(part.assign(mean=mean))
@@ -229,6 +232,7 @@ def differences(verdicts: pd.DataFrame, runs: pd.DataFrame, experiment: Experime
     extent = float(np.nanmax([1.3, *table[["relative", "relative_low", "relative_high"]].abs().to_numpy().flat]))
     if extent > 2:
         ax.set_xscale("symlog", linthresh=2, linscale=1.5)
+        ax.set_xlabel(f"{ax.get_xlabel()} (logarithmic beyond \u00b12)")
         beyond = [10**k for k in range(1, 9) if 10**k <= extent * 1.5] or [5 if extent > 4 else 3]
         ax.set_xticks([*(-b for b in reversed(beyond)), -1, 0, 1, *beyond])
         ax.xaxis.set_minor_locator(NullLocator())

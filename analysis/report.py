@@ -219,6 +219,7 @@ def _margins(found: Results) -> pd.DataFrame:
 
 
 def _readable(curves: pd.DataFrame) -> pd.DataFrame:
+    diverged = (curves.share_diverged * curves.runs).round().astype(int)
     return pd.DataFrame(
         {
             "task": curves.task,
@@ -230,8 +231,8 @@ def _readable(curves: pd.DataFrame) -> pd.DataFrame:
             "sensitivity": curves.sensitivity.map("{:.3g}".format),
             "largest stable lr": curves.largest_stable_lr.map("{:g}".format),
             "diverged [95 %]": [
-                f"{r.share_diverged:.0%} [{r.share_diverged_low:.0%}, {r.share_diverged_high:.0%}]"
-                for r in curves.itertuples()
+                f"{n} of {r.runs} [{r.share_diverged_low:.0%}, {r.share_diverged_high:.0%}]"
+                for n, r in zip(diverged, curves.itertuples(), strict=True)
             ],
             "seeds": curves.seeds,
         }

@@ -228,6 +228,7 @@ def lr_summary(results: Results) -> pd.DataFrame:
                 "share_diverged": share.share,
                 "share_diverged_low": share.low,
                 "share_diverged_high": share.high,
+                "runs": len(group),
                 "seeds": group.seed.nunique(),
             }
         )

@@ -381,7 +381,8 @@ def _compose(overrides: list[str]) -> DictConfig:
 def _explain(overrides: list[str], error: Exception) -> str:
     """Which override is wrong, with the nearest valid word. Hydra's own message says neither in one line."""
     fitting: list[str] = []
-    for text in overrides:
+    # Hydra chooses files first, wherever that stands: then a value that one of them has no place for is to blame.
+    for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0].partition("@")[0]):
         try:
             compose("run", overrides=[*fitting, text])
             fitting.append(text)

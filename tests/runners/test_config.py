@@ -55,6 +55,7 @@ BAD: list[tuple[list[str], str]] = [
     (["~optimizer"], "optimizer: one is needed"),
     (["optimizer.beta2=1"], "optimizer (adam): beta2: input should be less than 1 (got 1)"),
     (["optimizer.beta2=abc"], "optimizer (adam): beta2: input should be a valid number (got 'abc')"),
+    (["optimizer.beta2=.9", "optimizer=sgd"], "unknown key 'optimizer.beta2'; there are: momentum"),
     (["optimizer=radam", "warmup=linear"], "radam has its own warmup, so warmup must be none, not linear"),
     (["optimizer=sgd", "warmup=untuned_linear"], "takes its length from beta2, and this optimizer has none"),
     (["seed=-1"], "seed: input should be greater than or equal to 0"),
