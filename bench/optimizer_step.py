@@ -160,14 +160,14 @@ def _candidates(name: str, rule: Rule, model: nn.Module) -> tuple[dict[str, Call
         return params
 
     found: dict[str, Callable[[], Any]] = {}
-    compiling = float("nan")
+    compiling, loss = float("nan"), next(model.parameters()).new_ones(())
     for execution in ("eager", "flat", "compiled"):
         if execution == "eager" or rule.elementwise or (rule.joint and execution == "flat"):
             ours = _ours(rule, copied(), execution)
-            found[execution] = (lambda o: lambda: o.step(loss=1.0))(ours)
+            found[execution] = (lambda o: lambda: o.step(loss=loss))(ours)
             if execution == "compiled":
                 started = time.perf_counter()
-                ours.step(loss=1.0)
+                ours.step(loss=loss)
                 compiling = time.perf_counter() - started
     for way, how in WAYS.items():
         if name in TORCH:
@@ -226,9 +226,9 @@ def of_rule(name: str, size: str, rounds: int, limits: Limits, device: torch.dev
 
 
 FIRST = """
-import time, torch, optimizers
+import sys, time, torch, optimizers
 torch.set_num_threads(1)
-p = torch.nn.Parameter(torch.ones(10_000))
+p = torch.nn.Parameter(torch.ones(10_000, device=sys.argv[1]))
 p.grad = torch.ones_like(p)
 optimizer = optimizers.RAdam([p], execution="compiled")
 started = time.perf_counter()
@@ -237,12 +237,12 @@ print(time.perf_counter() - started)
 """
 
 
-def first_steps() -> list[dict[str, Any]]:
+def first_steps(device: torch.device) -> list[dict[str, Any]]:
     """Seconds of RAdam's first compiled step in a new process, with an empty cache on disk and with that cache."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for candidate in ("first step, cache empty", "first step, cached"):
-            words = [sys.executable, "-c", FIRST]
+            words = [sys.executable, "-c", FIRST, str(device)]
             env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
             done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
             rows.append({"rule": "radam", "candidate": candidate, "first_step_s": float(done.stdout)})
@@ -264,7 +264,7 @@ def measure(place: Place, quick: bool) -> pd.DataFrame:
         for size in list(SIZES)[:1] if quick else SIZES:
             for name in ("adam", "lamb") if quick else available():
                 rows += of_rule(name, size, 2 if quick else ROUNDS[size], limits, device)
-        return pd.DataFrame(rows if quick else rows + first_steps())
+        return pd.DataFrame(rows if quick else rows + first_steps(device))
     finally:
         torch.set_num_threads(before)
 

@@ -15,6 +15,7 @@ from bench import training_step as part
 from runners.config import Place, compose_run
 from runners.loss import shapes
 from runners.train import Training, prepare
+from tests.pretend_gpu import GPU, pretend_gpu
 
 CPU = Place(device="cpu")
 
@@ -147,3 +148,21 @@ def test_a_gpu_has_graphs_too() -> None:
     run, _ = compose_run([*words, *there["graph_everything"]])
     assert (run.precision, run.execution, run.model_execution) == ("bfloat16", "compiled", "cuda_graph")
     assert "execution=compiled" not in part.ways(words, compiled=False, device="cuda")["graph_everything"]
+
+
+def test_all_of_it_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = part.ways
+    # Autocast knows by itself that there is no GPU.
+    monkeypatch.setattr(part, "ways", lambda *words: {"cuda_graph": ways(*words)["cuda_graph"]})
+    monkeypatch.setattr(Place, "torch_device", lambda self: GPU if self.device == "cuda" else torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        with pretend_gpu():
+            words = ["task=digits_resnet", "task.width=2", "task.batch_size=8"]
+            table = part.of_task("digits", words, Place(device="cuda"), compiled=False, rounds=1, turn_s=0.02)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert list(table.way) == ["plain loop", "bare", "ours", "probed", "cuda_graph"]
+    assert (table.ms > 0).all() and "cuda_graph" in part.summary(table)
