@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from optimizers.adam import Adam
-from optimizers.rule import HALF, SCHEMA, Count, Inner, Scalars, State, Wrapper
+from optimizers.rule import HALF, SCHEMA, Count, Inner, Scalars, State, Wrapper, defines
 
 
 @dataclass(frozen=True, config=SCHEMA)
@@ -73,13 +73,16 @@ class EightBit(Wrapper):
         return direction
 
     def gather(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], c: Scalars) -> Scalars:
+        if not defines(self.inner, "gather"):
+            return {}  # without all of the state in 32 bits at once
         return self.inner.gather(params, grads, [self._decode(s, p) for p, s in zip(params, states, strict=True)], c)
 
     def predict(self, p: Tensor, state: State) -> None:
-        self.inner.predict(p, self._decode(state, p))
+        if defines(self.inner, "predict"):
+            self.inner.predict(p, self._decode(state, p))
 
     def evaluation(self, p: Tensor, state: State) -> Tensor | None:
-        return self.inner.evaluation(p, self._decode(state, p))
+        return self.inner.evaluation(p, self._decode(state, p)) if defines(self.inner, "evaluation") else None
 
     def _decode(self, state: State, p: Tensor) -> State:
         """The inner rule's state: of what is in 8 bits a copy, in the precision that the rule gave it."""

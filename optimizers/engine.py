@@ -25,7 +25,17 @@ from torch import Tensor
 from optimizers.decays import Decay
 from optimizers.execution import NoCompiler, run, run_compiled
 from optimizers.layout import ALONE, PIECE, Layouts, places
-from optimizers.rule import HALF, WEIGHT_DECAY_MODES, Rule, Scalars, State, WeightDecayMode, available, describe
+from optimizers.rule import (
+    HALF,
+    WEIGHT_DECAY_MODES,
+    Rule,
+    Scalars,
+    State,
+    WeightDecayMode,
+    available,
+    defines,
+    describe,
+)
 from optimizers.warmups import Warmup
 
 Execution = Literal["eager", "flat", "compiled"]
@@ -251,8 +261,9 @@ class Engine(torch.optim.Optimizer):
         decay = group["weight_decay"]
         mode: WeightDecayMode = group["weight_decay_mode"] if decay else "none"
         if not rule.joint and (self.execution == "eager" or not rule.elementwise):
-            own = [{k: v for k, v in state.items() if k != "step"} for state in states]
-            self._update(rule, mode, params, grads, own, c, lr, decay, given)
+            if self.execution == "compiled":  # to a program each number of updates would be another constant
+                states = [{k: v for k, v in state.items() if k != "step"} for state in states]
+            self._update(rule, mode, params, grads, states, c, lr, decay, given)
             return
         alone, piece = math.inf, sys.maxsize
         if rule.elementwise:
@@ -282,9 +293,10 @@ class Engine(torch.optim.Optimizer):
                 self.execution = "flat"
         if self.execution != "compiled":
             run(rule, mode, params, grads, states, {**c, **given}, lr, decay)
-        for p, state in zip(params, states, strict=True):
-            rule.after_step(p, state, c)
-            rule.predict(p, state)
+        if defines(rule, "after_step") or defines(rule, "predict"):
+            for p, state in zip(params, states, strict=True):
+                rule.after_step(p, state, c)
+                rule.predict(p, state)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[bool]:

@@ -41,15 +41,17 @@ def run(
     if mode == "internal":
         c["weight_decay"] = decay
     c |= rule.gather(params, grads, states, c)
+    of_tensors = isinstance(lr, Tensor)
     for p, g, state in zip(params, grads, states, strict=True):
         x = p.float() if p.dtype in HALF else p
-        g = g.to(x.dtype)
+        if g.dtype != x.dtype:
+            g = g.to(x.dtype)
         if mode == "coupled":
             g = g + x * decay
         elif mode == "decoupled":
             x.mul_(1 - lr * decay)
         direction = rule.update(x, g, state, c)
-        if isinstance(lr, Tensor):
+        if of_tensors:
             x.sub_(direction * lr)
         else:
             x.add_(direction, alpha=-lr)

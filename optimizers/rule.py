@@ -206,6 +206,15 @@ class Wrapper(Rule):
         return self.inner.evaluation(p, state)
 
 
+def defines(rule: Rule, method: str) -> bool:
+    """Whether a rule, or one that it wraps, has a ``method`` of its own: there is nothing to call otherwise."""
+    while isinstance(rule, Wrapper):
+        if getattr(type(rule), method) is not getattr(Wrapper, method):
+            return True
+        rule = rule.inner
+    return getattr(type(rule), method) is not getattr(Rule, method)
+
+
 def zeros(p: Tensor) -> Tensor:
     """A state tensor like p; in float32 where p is of half precision, which is too coarse for moments."""
     dtype = torch.float32 if p.dtype in HALF else p.dtype

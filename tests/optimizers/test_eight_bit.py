@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import optimizers
-from optimizers.eight_bit import codebook, decode, encode
+from optimizers.eight_bit import EightBit, codebook, decode, encode
 from optimizers.engine import Engine
-from optimizers.rule import available, make
+from optimizers.rule import available, defines, make
 from tests.optimizers.problems import difference, equal, run, start, step
 from tests.optimizers.table import ROWS
 
@@ -246,3 +246,25 @@ def test_eight_bit_adam_follows_that_of_bitsandbytes_and_adam() -> None:
     assert (ends["ours"] - ends["full"]).norm() < 0.02 * moved
     # As near to theirs as theirs is to Adam: the rounding of either is chaotic.
     assert (ends["ours"] - ends["theirs"]).norm() < 1.5 * (ends["theirs"] - ends["full"]).norm() + 0.005 * moved
+
+
+def test_the_state_is_decoded_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most rules have nothing to gather or predict: to decode for that would hold all of the state in 32 bits."""
+    decoded: list[str] = []
+    decode = EightBit._decode
+    monkeypatch.setattr(EightBit, "_decode", lambda self, state, p: (decoded.append("once"), decode(self, state, p))[1])
+    p = nn.Parameter(torch.linspace(-1, 1, 8192))
+    optimizer = optimizers.EightBit([p], inner={"name": "adam"}, minimum=4096)
+    p.grad = torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+    with optimizer.evaluation_weights() as others:
+        assert not others
+    assert decoded == ["once"] * 3
+
+
+def test_what_a_rule_defines_itself() -> None:
+    koala, lookahead = make("koalam"), make("lookahead", inner={"name": "adam"})
+    assert defines(koala, "predict") and defines(koala, "gather") and not defines(koala, "after_step")
+    assert defines(lookahead, "after_step") and not defines(lookahead, "predict")
+    assert defines(EightBit(inner=koala), "gather") and not defines(make("adam"), "gather")
