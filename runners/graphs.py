@@ -49,6 +49,8 @@ class Graphs:
     Args:
         passes: a function of the batch that leaves gradients in the parameters' ``grad`` and returns the loss, without
             anything that the host waits for. A batch is tensors on the GPU, or tuples and lists of them.
+        model: whose parameters these are.
+        shapes: the shapes of a batch, which tell one graph from another.
         what: names the passes in errors.
 
     Raises:
