@@ -96,7 +96,8 @@ class Run:
         weight_decay_on: all parameters, or matrices only (no biases, no norm layers: fewer than 2 dimensions).
         clip_norm: largest global gradient norm, None for no clipping.
         steps: budget in optimizer steps.
-        precision: float32, or bfloat16 by autocast (parameters and optimizer state stay float32).
+        precision: float32, which is IEEE's on a GPU too and not TF32, or bfloat16 by autocast (parameters and optimizer
+            state stay float32, and so do LSTMs on a GPU, where autocast knows float16 alone for them).
         execution: how the optimizer's step is run, see optimizers.engine.
         model_execution: how the model's forward and backward passes of training are run, see runners.loss.
         scaling, initialisation: see optimizers.scaling and runners.initialisations.

@@ -17,17 +17,22 @@ from runners.config import UserError, first_line
 WARMUP = 3
 """Batches of a shape that are computed as usual before the next one is captured: libraries set themselves up then."""
 
+MOST = 32
+"""Shapes that are captured, the first that have come often enough: each keeps gradients of its own."""
+
 Passes = Callable[[Any], Tensor]
 
 
 class Captured:
     """The passes for batches of one shape: where they read the batch, and where they leave loss and gradients."""
 
-    def __init__(self, passes: Passes, parameters: list[nn.Parameter], batch: Any, pool: Any) -> None:
+    def __init__(
+        self, passes: Passes, parameters: list[nn.Parameter], batch: Any, stream: torch.cuda.Stream, pool: Any
+    ) -> None:
         self.parameters = parameters
         self.batch = tree_map(torch.clone, batch)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
             self.loss = passes(self.batch)
         self.gradients = [p.grad for p in parameters]
 
@@ -63,14 +68,14 @@ class Graphs:
         self.device = self.parameters[0].device
         self.seen: Counter[Any] = Counter()
         self.captured: dict[Any, Captured] = {}
-        self.aside = torch.cuda.Stream(self.device)  # capture wants to find nothing of the passes on the usual stream
+        self.aside = torch.cuda.Stream(self.device)  # capture is not allowed on the usual one
         self.pool = torch.cuda.graph_pool_handle()  # one graph runs at a time, so that they can share memory
 
     def __call__(self, batch: Any) -> Tensor:
         shapes = self.shapes(batch)
         if shapes not in self.captured:
             self.seen[shapes] += 1
-            if self.seen[shapes] <= WARMUP:
+            if self.seen[shapes] <= WARMUP or len(self.captured) == MOST:
                 return self._as_usual(batch)
             self.captured[shapes] = self._capture(batch)
         return self.captured[shapes](batch)
@@ -87,6 +92,9 @@ class Graphs:
         if not all(isinstance(leaf, Tensor) and leaf.device == self.device for leaf in tree_leaves(batch)):
             raise UserError(f"{self.what} needs batches of nothing but tensors on the GPU")
         try:
-            return Captured(self.passes, self.parameters, batch, self.pool)
+            return Captured(self.passes, self.parameters, batch, self.aside, self.pool)
         except RuntimeError as error:
-            raise UserError(f"{self.what} cannot be captured: {first_line(error)}") from error
+            why: BaseException = error
+            while why.__context__ is not None:  # the end of a broken capture is an error, too, and says nothing
+                why = why.__context__
+            raise UserError(f"{self.what} cannot be captured: {first_line(why)}") from error

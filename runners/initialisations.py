@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from optimizers.rule import SCHEMA, Count, Positive, Rule, Wrapper
 from runners.forward import TaskLoss
+from tasks.models.awd_lstm import WeightDropLSTM
 from tasks.task import Task
 
 
@@ -136,7 +137,7 @@ def _twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode but for BatchNorm, with kernels whose gradients have gradients: fused attention and cuDNN's
     recurrent networks have none."""
     modes = [(module, module.training) for module in model.modules()]
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    recurrent = any(isinstance(module, nn.RNNBase | WeightDropLSTM) for module in model.modules())
     try:
         for module, _ in modes:
             module.training = isinstance(module, _BatchNorm)

@@ -10,9 +10,8 @@ seed, optimizer or learning rate: parameters, buffers and data are what the prog
 
 What a program is depends on nothing but its task, precision and shape, so that the bits of a run do not depend on
 which runs the process had before. Therefore shapes are never generalised: a program for all shapes would depend on
-the shape that came first. Dropout draws the numbers that it draws in eager mode, from torch's generator, but for that
-between the layers of an LSTM, which draws others. Evaluation, initialisation and the statistics of averaged weights are
-eager in any case.
+the shape that came first. Dropout draws the numbers that it draws in eager mode, from torch's generator. Evaluation,
+initialisation and the statistics of averaged weights are eager in any case.
 """
 
 import contextlib

@@ -216,7 +216,8 @@ class Checkpoint:
     def save(self, t: int) -> None:
         """Write the state after step t, whole or not at all."""
         buffer = io.BytesIO()
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        device = self.recorder.buffers["loss"].device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         torch.save(
             {
                 "t": t,
@@ -250,8 +251,8 @@ class Checkpoint:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.recorder.load_state_dict(saved["recorder"])
         torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["cuda_rng"])
+        if saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.recorder.buffers["loss"].device)
         return int(saved["t"])
 
 
@@ -267,6 +268,8 @@ def prepare(task: Task, place: Place) -> torch.device:
         # Read when cuBLAS is first used; without it neither it nor cuDNN's LSTM repeats itself.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(device)  # graphs and generators are the current device's
+        torch.backends.cudnn.allow_tf32 = False  # or float32 has a mantissa of 10 bits in convolutions and LSTMs
         # Nobody reads it, and to fill it takes time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

@@ -190,7 +190,7 @@ def pretend_gpu() -> Iterator[list[str]]:
     pretending = Pretending()
 
     @contextlib.contextmanager
-    def capture(graph: Graph, pool: Any = None) -> Iterator[None]:
+    def capture(graph: Graph, pool: Any = None, stream: Any = None) -> Iterator[None]:
         pretending.capturing, drawn = graph, torch.get_rng_state()
         try:
             yield
@@ -203,6 +203,7 @@ def pretend_gpu() -> Iterator[list[str]]:
         for owner, name, instead in (
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.Tensor, "pin_memory", lambda self, *_: self),
+            (torch.cuda, "set_device", lambda device: None),
             (torch.cuda, "CUDAGraph", Graph),
             (torch.cuda, "graph", capture),
             (torch.cuda, "graph_pool_handle", lambda: None),

@@ -1,5 +1,7 @@
 """LSTM language models that carry their state from batch to batch."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,39 @@ class Carrying(nn.Module):
             self.carried.copy_(end.detach())
 
 
+def out_of_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """For an LSTM over x: on a GPU autocast would run it in float16, whatever precision it was asked for, where
+    gradients vanish unless the loss is scaled. Its inputs must be of its weights' precision then."""
+    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
+
+
+class StackedLSTM(nn.Module):
+    """LSTM layers with dropout between them.
+
+    On a CPU this is nn.LSTM with its dropout, number for number. On a GPU the latter's has a state that no checkpoint
+    holds, so that a run would not resume to the bit; and in bfloat16 this one runs in float32 there.
+    """
+
+    def __init__(self, inputs: int, width: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.LSTM(width if i else inputs, width) for i in range(layers))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer gives (T, B, width) after each of x (T, B, inputs), from ``state`` (2, layers, B, width),
+        and the state at the end."""
+        ends = []
+        for i, layer in enumerate(self.layers):
+            x = self.dropout(x) if i else x
+            with out_of_autocast(x):
+                if x.is_cuda:
+                    own = next(layer.parameters())
+                    x, state = x.to(own.dtype), state.to(own.dtype)
+                x, end = layer(x, (state[0, i : i + 1], state[1, i : i + 1]))
+            ends.append(torch.cat(end))
+        return x, torch.stack(ends, dim=1)
+
+
 class LSTMLanguageModel(Carrying):
     """Embedding, LSTM, softmax, all of one width, as in Zaremba et al. (2014).
 
@@ -45,7 +80,7 @@ class LSTMLanguageModel(Carrying):
     ) -> None:
         super().__init__(2, layers, streams, width)
         self.embedding = StableEmbedding(vocabulary, width) if stable else nn.Embedding(vocabulary, width)
-        self.lstm = nn.LSTM(width, width, layers, dropout=dropout if layers > 1 else 0.0)
+        self.lstm = StackedLSTM(width, width, layers, dropout)
         self.output = nn.Linear(width, vocabulary)
         self.dropout = nn.Dropout(dropout)
         if not stable:
@@ -60,8 +95,8 @@ class LSTMLanguageModel(Carrying):
         """Logits (T, B, V) after each of ``tokens`` (T, B), from ``state`` (2, layers, B, width); and the
         state at the end."""
         x = self.dropout(self.embedding(tokens))
-        y, (hidden, cell) = self.lstm(x, (state[0], state[1]))
-        return self.output(self.dropout(y)), torch.stack((hidden, cell))
+        y, end = self.lstm(x, state)
+        return self.output(self.dropout(y)), end
 
     def forward(self, tokens: Tensor, reset: Tensor) -> Tensor:
         """Logits (T, streams, V), continuing from the carried state, or from zeros where ``reset`` is true."""
@@ -94,15 +129,15 @@ class AdaptiveLSTM(Carrying):
     ) -> None:
         super().__init__(2, layers, streams, width)
         self.embedding = nn.Embedding(vocabulary, embedding)
-        self.lstm = nn.LSTM(embedding, width, layers, dropout=dropout if layers > 1 else 0.0)
+        self.lstm = StackedLSTM(embedding, width, layers, dropout)
         self.output = nn.AdaptiveLogSoftmaxWithLoss(width, vocabulary, list(cutoffs))
         self.dropout = nn.Dropout(dropout)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
     def unroll(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Features (T, B, width) after each of ``tokens`` (T, B), from ``state``; and the state at the end."""
-        y, (hidden, cell) = self.lstm(self.dropout(self.embedding(tokens)), (state[0], state[1]))
-        return self.dropout(y), torch.stack((hidden, cell))
+        y, end = self.lstm(self.dropout(self.embedding(tokens)), state)
+        return self.dropout(y), end
 
     def forward(self, tokens: Tensor, reset: Tensor) -> Tensor:
         """Features (T, streams, width), continuing from the carried state, or from zeros where ``reset`` is true."""

@@ -9,12 +9,14 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from runners import graphs
 from runners import train as training
 from runners.collect import execution
 from runners.config import Place, Probes, Run, UserError, compose_run
 from runners.graphs import WARMUP, Graphs
 from runners.loss import passes_of, shapes
 from runners.store import Store
+from runners.timing import Stepper
 from runners.train import Training, prepare, train
 from tasks.task import SCHEMA
 from tests.pretend_gpu import GPU, pretend_gpu
@@ -105,6 +107,28 @@ def test_each_shape_has_a_graph_of_its_own(store: Store, monkeypatch: pytest.Mon
         graphed = train(run, run.task, GPU, store)
     assert len(computed) == 3 * (WARMUP + 1) < run.steps and len(set(computed)) == 3
     pd.testing.assert_frame_equal(graphed.tables["history"], eager.tables["history"], check_exact=True)
+
+
+def test_no_more_shapes_are_captured_than_memory_is_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 2)
+    run = tiny_run(model_execution="cuda_graph", task=Shapes(), steps=30)
+    with pretend_gpu():
+        run.task.prepare(GPU, None)
+        eager = train(run.replace(model_execution="eager"), run.task, GPU, store)
+        computed = counted(monkeypatch, run.task)
+        graphed = train(run, run.task, GPU, store)
+    assert len(computed) == 2 * (WARMUP + 1) + 10
+    pd.testing.assert_frame_equal(graphed.tables["history"], eager.tables["history"], check_exact=True)
+
+
+def test_a_step_is_timed_by_batches_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shapes, "one_shape", False)
+    run = tiny_run(model_execution="cuda_graph", task=Shapes(), steps=30)
+    with pretend_gpu():
+        run.task.prepare(GPU, None)
+        computed = counted(monkeypatch, run.task)
+        Stepper(run).seconds(5)
+    assert len(computed) == WARMUP + 1 and len(set(computed)) == 1
 
 
 def test_no_bit_depends_on_the_runs_before(store: Store) -> None:

@@ -54,7 +54,7 @@ def test_without_it_models_are_what_they_were() -> None:
     torch.manual_seed(3)
     nn.Embedding(20, 8)
     lstm = nn.LSTM(8, 8)
-    assert torch.equal(model.lstm.weight_hh_l0, lstm.weight_hh_l0)
+    assert torch.equal(model.lstm.layers[0].weight_hh_l0, lstm.weight_hh_l0)
     assert "embedding.norm.weight" not in dict(model.named_parameters())
 
 

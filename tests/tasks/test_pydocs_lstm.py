@@ -9,9 +9,9 @@ import pydantic
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tasks.models.lstm import LSTMLanguageModel
+from tasks.models.lstm import LSTMLanguageModel, StackedLSTM
 from tasks.pydocs_lstm import END, REPEAT, STREAMS, PydocsLSTM, paragraphs, read
 
 ZERO, ONE = torch.tensor(False), torch.tensor(True)
@@ -158,7 +158,7 @@ def test_dropout_and_two_layers(prepared: Callable[..., Any]) -> None:
     model = task.model()
     batch = next(task.batches(0))
     assert task.loss(model, batch) != task.loss(model, batch)
-    assert model.lstm.num_layers == 2
+    assert len(model.lstm.layers) == 2
     first, second = (task.evaluate(model, "test")["loss"] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -172,3 +172,20 @@ def test_bad_fields(fields: dict[str, Any]) -> None:
 def test_streams_that_do_not_fit_are_an_error() -> None:
     with pytest.raises(ValueError, match="batch_size=1000 streams of bptt=500 do not fit"):
         PydocsLSTM(batch_size=1000, bptt=500).prepare(torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_stacked_layers_are_torchs_lstm_with_dropout(training: bool) -> None:
+    torch.manual_seed(0)
+    ours = StackedLSTM(5, 7, 3, dropout=0.4).train(training)
+    torch.manual_seed(0)
+    torchs = nn.LSTM(5, 7, 3, dropout=0.4).train(training)
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert torch.equal(p, q)
+    x, state = torch.randn(4, 2, 5), torch.randn(2, 3, 2, 7)
+    found = []
+    for call in (lambda: ours(x, state), lambda: torchs(x, (state[0], state[1]))):
+        torch.manual_seed(1)
+        found.append(call())
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], torch.stack(found[1][1]))
