@@ -238,10 +238,13 @@ class Checkpoint:
 
     def load(self) -> int:
         """Restore the last checkpoint; the step it was written after, 0 if there is none that can be used: it
-        cannot be read, comes from another device or version, or lacks a probe that is now asked for."""
+        cannot be read, comes from another device or version, has other parts of the model, or lacks a probe that is now
+        asked for."""
         try:
             saved = torch.load(self.path, weights_only=True)
-            fits = saved["environment"] == self._environment()
+            fits = (
+                saved["environment"] == self._environment() and saved["model"].keys() == self.model.state_dict().keys()
+            )
             run = self.recorder.run
             if not (fits and Probes(**saved["probes"]).covers(run.probes, run.steps)):
                 return 0

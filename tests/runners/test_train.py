@@ -227,7 +227,7 @@ def interrupted(run: Run, store: Store) -> Path:
     return store.checkpoint(run.id(run.task.fingerprint()))
 
 
-@pytest.mark.parametrize("how", ["cut", "garbage", "empty", "other version", "no probe"])
+@pytest.mark.parametrize("how", ["cut", "garbage", "empty", "other version", "other parts", "no probe"])
 def test_a_checkpoint_that_cannot_be_used_is_not(how: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(steps=40)
     straight = trained(run, store)
@@ -237,6 +237,10 @@ def test_a_checkpoint_that_cannot_be_used_is_not(how: str, store: Store, monkeyp
         path.write_bytes(data[: len(data) // 2])
     elif how == "garbage":
         path.write_bytes(b"not a checkpoint")
+    elif how == "other parts":  # of a version of the code that named a layer otherwise
+        saved = torch.load(path, weights_only=True)
+        saved["model"] = {f"old.{name}": value for name, value in saved["model"].items()}
+        torch.save(saved, path)
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "other version":
