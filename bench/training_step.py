@@ -2,7 +2,8 @@
 
 Of each task, all on one thread of a CPU, or on the GPU:
 
-    plain loop  DataLoader, the eager model, torch.optim.Adam(fused=True), no logging, no checks
+    plain loop  DataLoader, the eager model, torch.optim.Adam(fused=True), no logging, no checks; on a GPU with TF32
+                and operations that do not repeat themselves, as torch comes
     bare        the model, batches and optimizer of a run, and nothing else
     ours        runners.train's own loop without probes: loss, rate, checks for divergence
     probed      the same with the norms of gradient and update at every step
@@ -78,6 +79,21 @@ def plain_loop(run: Run, device: torch.device) -> Iterator[Tensor]:
             yield loss
 
 
+def as_torch_comes(call: Callable[[], None]) -> Callable[[], None]:
+    """A call without what runners.train.prepare sets up so that a run can be repeated."""
+
+    def free() -> None:
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True):
+            torch.use_deterministic_algorithms(False)
+            try:
+                call()
+            finally:
+                torch.use_deterministic_algorithms(repeatable)
+
+    return free
+
+
 def bare(run: Run) -> Iterator[Tensor]:
     """The steps of a run without anything around them."""
     stepper = Stepper(run)
@@ -128,7 +144,7 @@ def of_task(
     cpu = run if device.type == "cpu" else composed(words, Place(device="cpu", data_root=place.data_root))
     count = max(1, min(CHECK_EVERY, round(turn_s / Stepper(run).seconds(2))))
     faster = ways(words, compiled, device.type)
-    calls = {"plain loop": turn(plain_loop(cpu, device), count), "bare": turn(bare(run), count)}
+    calls = {"plain loop": as_torch_comes(turn(plain_loop(cpu, device), count)), "bare": turn(bare(run), count)}
     runs = {
         "ours": run,
         "probed": run.replace(probes=Probes(norms="all")),

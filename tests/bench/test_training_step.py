@@ -166,3 +166,20 @@ def test_all_of_it_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
     assert list(table.way) == ["plain loop", "bare", "ours", "probed", "cuda_graph"]
     assert (table.ms > 0).all() and "cuda_graph" in part.summary(table)
+
+
+def test_a_plain_loop_is_as_torch_comes() -> None:
+    seen = []
+
+    def look() -> None:
+        cudnn = torch.backends.cudnn
+        seen.append((torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.allow_tf32))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            part.as_torch_comes(look)()
+            look()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(False, False, True), (True, True, False)]
