@@ -102,7 +102,8 @@ class Rule:
 
         ``c`` holds the step's coefficients, what ``gather`` returned, the step's learning rate as ``rate`` (for
         state in the units of the parameters; the direction is multiplied by it), and in the weight-decay mode
-        ``internal`` the strength as ``weight_decay``. Works on a tensor of any shape.
+        ``internal`` the strength as ``weight_decay``. ``state`` may hold the number of updates besides, as ``step``.
+        Works on a tensor of any shape.
         """
         raise TypeError(f"{type(self).__name__} defines no update")
 
