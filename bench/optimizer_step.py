@@ -323,9 +323,9 @@ and left out: all of a model as one vector, which gives the same bits, but the v
 then leave the cache and are new memory at every step: for Adam at 4 M and 24 M 28 and 211 ms on the AMD EPYC, against 9
 and 45. Pieces of 32,768, 65,536 and 262,144 elements: 10.5, 9.3 and 9.6 ms at 4 M, 57, 47 and 41 ms at 24 M. (At
 0.27 M the flat step of some rules, and in some processes of most, is slowed by memory that malloc hands back to the
-system at every step: Adam's took 2.3 ms in one process and 0.8 in another. MALLOC_TRIM_THRESHOLD_ and
-MALLOC_MMAP_THRESHOLD_ set to 1e9 end that. Training steps gain nothing from it, and those of the CIFAR ResNet lose
-8 %.)
+system at every step: Adam's took 2.3 ms in one process and 0.8 in another, and with MALLOC_TRIM_THRESHOLD_ and
+MALLOC_MMAP_THRESHOLD_ set to 1e9 less than half of the former. Training steps gain nothing from that, and those of the
+CIFAR ResNet lose 8 %.)
 
 What compiled execution has above the limit at 0.27 M is a fixed cost of some 0.3 ms for the 65 tensors of a ResNet-20:
 a third of it to copy the 48 small ones and their gradients together and back, a third for the call, a third for the

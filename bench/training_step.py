@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,9 +35,10 @@ from torch.utils.data import DataLoader
 from bench.measure import fastest, interleaved, ratio
 from bench.plain import loop_of
 from runners.config import Place, Probes, Run, UserError, compose_run, name_of
-from runners.loss import compiler_there, loss_of, shapes
+from runners.loss import compiler_there, loss_of
 from runners.timing import Stepper
 from runners.train import CHECK_EVERY, Training, prepare
+from tasks.common import of_one_shape
 
 TITLE = "A training step"
 
@@ -116,10 +116,7 @@ def composed(words: list[str], place: Place) -> Run:
     run, _ = compose_run([*words, "decay=constant", f"steps={BUDGET}", "probes.norms=[]"])
     prepare(run.task, place)
     if not run.task.one_shape:
-        draw: Any = run.task.batches
-        ((common, _),) = Counter(map(shapes, itertools.islice(draw(0), 100))).most_common(1)
-        alike = lambda seed, start=0: (b for b in draw(seed, start) if shapes(b) == common)  # noqa: E731
-        run.task.batches = alike  # type: ignore[method-assign]
+        run.task.batches = of_one_shape(run.task.batches)  # type: ignore[method-assign]
     return run
 
 

@@ -1,7 +1,7 @@
 """Forward and backward passes as CUDA graphs: captured once for each shape of batch, then launched as a whole.
 
-A small model's step on a GPU is hundreds of kernels, each shorter than the time that Python takes to launch it. A graph
-of them is launched at once. The kernels, and the random numbers of dropout, are those of the eager passes.
+The kernels of a small model can be shorter than the time that Python takes to launch them one by one. A graph of them
+is launched at once. The kernels, and the random numbers of dropout, are those of the eager passes.
 """
 
 from collections import Counter
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from runners.config import UserError, first_line
+from tasks.common import shapes
 
 WARMUP = 3
 """Batches of a shape that are computed as usual before the next one is captured: libraries set themselves up then."""
@@ -55,15 +56,14 @@ class Graphs:
         passes: a function of the batch that leaves gradients in the parameters' ``grad`` and returns the loss, without
             anything that the host waits for. A batch is tensors on the GPU, or tuples and lists of them.
         model: whose parameters these are.
-        shapes: the shapes of a batch, which tell one graph from another.
         what: names the passes in errors.
 
     Raises:
         UserError: when called: for a batch of other things than tensors, or passes that cannot be captured.
     """
 
-    def __init__(self, passes: Passes, model: nn.Module, shapes: Callable[[Any], Any], what: str) -> None:
-        self.passes, self.shapes, self.what = passes, shapes, what
+    def __init__(self, passes: Passes, model: nn.Module, what: str) -> None:
+        self.passes, self.what = passes, what
         self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.seen: Counter[Any] = Counter()
@@ -72,13 +72,13 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()  # one graph runs at a time, so that they can share memory
 
     def __call__(self, batch: Any) -> Tensor:
-        shapes = self.shapes(batch)
-        if shapes not in self.captured:
-            self.seen[shapes] += 1
-            if self.seen[shapes] <= WARMUP or len(self.captured) == MOST:
+        shape = shapes(batch)
+        if shape not in self.captured:
+            self.seen[shape] += 1
+            if self.seen[shape] <= WARMUP or len(self.captured) == MOST:
                 return self._as_usual(batch)
-            self.captured[shapes] = self._capture(batch)
-        return self.captured[shapes](batch)
+            self.captured[shape] = self._capture(batch)
+        return self.captured[shape](batch)
 
     def _as_usual(self, batch: Any) -> Tensor:
         usual = torch.cuda.current_stream(self.device)

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 from runners.config import Run, UserError, first_line, name_of, plain
 from runners.graphs import Graphs
+from tasks.common import shapes
 from tasks.task import Task
 
 BACKEND = "inductor"
 """The backend of torch.compile."""
-
-Shapes = tuple[Any, ...]
 
 
 def autocast(run: Run, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -79,7 +78,7 @@ def passes_of(run: Run, task: Task, model: nn.Module) -> Callable[[Any], Tensor]
         return passes
     if next(model.parameters()).device.type != "cuda":
         raise UserError("model_execution=cuda_graph needs a GPU of NVIDIA: use model_execution=eager")
-    return Graphs(passes, model, shapes, f"model_execution=cuda_graph: {name_of(task)}")
+    return Graphs(passes, model, f"model_execution=cuda_graph: {name_of(task)}")
 
 
 def compiler_there(device: torch.device, backend: str, setting: str, instead: str) -> None:
@@ -106,13 +105,8 @@ def _compiled_loss(key: str, precision: str, task: Task, model: nn.Module, batch
     return loss
 
 
-def shapes(batch: Any) -> Shapes:
-    """The shapes of a batch of tensors, or of whatever it is made of."""
-    return tuple(map(shapes, batch)) if isinstance(batch, tuple | list) else tuple(getattr(batch, "shape", ()))
-
-
 @functools.lru_cache(maxsize=256)
-def _program(key: str, precision: str, shapes: Shapes) -> Callable[..., Tensor]:
+def _program(key: str, precision: str, shapes: tuple[Any, ...]) -> Callable[..., Tensor]:
     """The loss as one compiled program.
 
     Each has its own copy of the code: torch keeps 8 programs of one piece of code and then gives up.

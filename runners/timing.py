@@ -12,9 +12,10 @@ from runners.collect import STEP_TIMES
 from runners.config import Run
 from runners.experiment import Design
 from runners.graphs import WARMUP
-from runners.loss import passes_of, shapes
+from runners.loss import passes_of
 from runners.store import write_whole
 from runners.train import environment, make_optimizer
+from tasks.common import of_one_shape
 
 ROUNDS, STEPS = 6, 8
 
@@ -27,12 +28,11 @@ class Stepper:
         self.model = run.task.model()
         self.optimizer = make_optimizer(run, self.model)
         self.passes = passes_of(run, run.task, self.model)
-        self.batches = run.task.batches(0)
-        if run.model_execution == "cuda_graph" and not run.task.one_shape:
-            every = run.task.batches(0)  # of one shape alone: each that is new is captured first, which takes long
-            shape = shapes(next(self.batches))
-            self.batches = (batch for batch in every if shapes(batch) == shape)
-        self.seconds(WARMUP + 1 if run.model_execution == "cuda_graph" else 2)  # to allocate, compile or capture
+        batches, first = run.task.batches, 2
+        if run.model_execution == "cuda_graph":  # each new shape would be captured first, which takes long
+            batches, first = of_one_shape(batches), WARMUP + 1
+        self.batches = batches(0)
+        self.seconds(first)  # to allocate, compile or capture
 
     def step(self, batch: Any) -> torch.Tensor:
         """One step; the loss before it."""

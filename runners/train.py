@@ -212,17 +212,17 @@ class Checkpoint:
 
     def __init__(self, path: Path, model: nn.Module, optimizer: Engine, recorder: Recorder) -> None:
         self.path, self.model, self.optimizer, self.recorder = path, model, optimizer, recorder
+        self.device = recorder.buffers["loss"].device
 
     def save(self, t: int) -> None:
         """Write the state after step t, whole or not at all."""
         buffer = io.BytesIO()
-        device = self.recorder.buffers["loss"].device
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         torch.save(
             {
                 "t": t,
                 "probes": vars_of(self.recorder.run.probes),
-                "environment": self._environment(),
+                "environment": environment(self.device),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "recorder": self.recorder.state_dict(),
@@ -233,19 +233,15 @@ class Checkpoint:
         )
         write_whole(self.path, buffer.getvalue())
 
-    def _environment(self) -> dict[str, str]:
-        return environment(self.recorder.buffers["loss"].device)
-
     def load(self) -> int:
         """Restore the last checkpoint; the step it was written after, 0 if there is none that can be used: it
         cannot be read, comes from another device or version, has other parts of the model, or lacks a probe that is now
         asked for."""
         try:
             saved = torch.load(self.path, weights_only=True)
-            fits = (
-                saved["environment"] == self._environment() and saved["model"].keys() == self.model.state_dict().keys()
-            )
             run = self.recorder.run
+            here = saved["environment"] == environment(self.device)
+            fits = here and saved["model"].keys() == self.model.state_dict().keys()
             if not (fits and Probes(**saved["probes"]).covers(run.probes, run.steps)):
                 return 0
         except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
@@ -255,7 +251,7 @@ class Checkpoint:
         self.recorder.load_state_dict(saved["recorder"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"], self.recorder.buffers["loss"].device)
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
         return int(saved["t"])
 
 

@@ -1,7 +1,10 @@
-"""What the tasks share: moving tensors without waiting, seeded shuffling, and evaluation mode."""
+"""What the tasks share: moving tensors without waiting, shuffling, shapes of batches, and evaluation mode."""
 
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,17 @@ def shuffled(size: int, batch_size: int, seed: int, start: int, device: torch.de
         for i in range(first, per_epoch):
             yield epoch, order[i * batch_size : (i + 1) * batch_size]
         epoch, first = epoch + 1, 0
+
+
+def shapes(batch: Any) -> tuple[Any, ...]:
+    """The shapes of a batch of tensors, or of whatever it is made of."""
+    return tuple(map(shapes, batch)) if isinstance(batch, tuple | list) else tuple(getattr(batch, "shape", ()))
+
+
+def of_one_shape(batches: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """A task's ``batches``, of which those of the commonest shape alone."""
+    ((common, _),) = Counter(map(shapes, itertools.islice(batches(0), 100))).most_common(1)
+    return lambda seed, start=0: (batch for batch in batches(seed, start) if shapes(batch) == common)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.models.lstm import Carrying, out_of_autocast
+from tasks.models.lstm import Carrying, in_own_precision
 
 
 def locked_dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -43,12 +43,13 @@ class WeightDropLSTM(nn.Module):
         sizes = [weight.numel() for weight in weights]
         pieces = torch.cat([weight.flatten() for weight in weights]).split(sizes)
         views = [piece.view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
-        with out_of_autocast(x):
-            if x.is_cuda:
-                x, hidden, cell = (part.to(dropped.dtype) for part in (x, hidden, cell))
-            y, hidden, cell = torch.lstm(
-                x, (hidden[None], cell[None]), views, True, 1, 0.0, self.training, False, False
+
+        def over(x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.lstm(
+                x, state, views, True, 1, 0.0, self.training, False, False
             )  # biases, layers, dropout, training, bidirectional, batch first
+
+        y, hidden, cell = in_own_precision(over, dropped, x, hidden[None], cell[None])
         return y, hidden[0], cell[0]
 
 

@@ -1,6 +1,7 @@
 """LSTM language models that carry their state from batch to batch."""
 
-import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,13 @@ class Carrying(nn.Module):
             self.carried.copy_(end.detach())
 
 
-def out_of_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """For an LSTM over x: on a GPU autocast would run it in float16, whatever precision it was asked for, where
-    gradients vanish unless the loss is scaled. Its inputs must be of its weights' precision then."""
-    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
+def in_own_precision(lstm: Callable[..., Any], weight: Tensor, *inputs: Tensor) -> Any:
+    """lstm(*inputs), on a GPU in the precision of its weights: autocast would run it in float16 there, whatever it was
+    asked for, where gradients vanish unless the loss is scaled."""
+    if not weight.is_cuda:
+        return lstm(*inputs)
+    with torch.autocast("cuda", enabled=False):
+        return lstm(*(x.to(weight.dtype) for x in inputs))
 
 
 class StackedLSTM(nn.Module):
@@ -54,11 +58,12 @@ class StackedLSTM(nn.Module):
         ends = []
         for i, layer in enumerate(self.layers):
             x = self.dropout(x) if i else x
-            with out_of_autocast(x):
-                if x.is_cuda:
-                    own = next(layer.parameters())
-                    x, state = x.to(own.dtype), state.to(own.dtype)
-                x, end = layer(x, (state[0, i : i + 1], state[1, i : i + 1]))
+
+            def over(x: Tensor, hidden: Tensor, cell: Tensor, layer: nn.Module = layer) -> Any:
+                return layer(x, (hidden, cell))
+
+            weight = next(layer.parameters())
+            x, end = in_own_precision(over, weight, x, state[0, i : i + 1], state[1, i : i + 1])
             ends.append(torch.cat(end))
         return x, torch.stack(ends, dim=1)
 

@@ -13,8 +13,8 @@ import torch
 from bench import plain as loops
 from bench import training_step as part
 from runners.config import Place, compose_run
-from runners.loss import shapes
 from runners.train import Training, prepare
+from tasks.common import shapes
 from tests.pretend_gpu import GPU, pretend_gpu
 
 CPU = Place(device="cpu")

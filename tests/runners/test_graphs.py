@@ -14,10 +14,11 @@ from runners import train as training
 from runners.collect import execution
 from runners.config import Place, Probes, Run, UserError, compose_run
 from runners.graphs import WARMUP, Graphs
-from runners.loss import passes_of, shapes
+from runners.loss import passes_of
 from runners.store import Store
 from runners.timing import Stepper
 from runners.train import Training, prepare, train
+from tasks.common import shapes
 from tasks.task import SCHEMA
 from tests.pretend_gpu import GPU, pretend_gpu
 from tests.runners.conftest import CPU, tiny_run
@@ -98,31 +99,22 @@ def test_a_run_is_the_eager_one_to_the_bit(name: str, store: Store, monkeypatch:
         pd.testing.assert_frame_equal(graphed.tables[key], table, check_exact=True)
 
 
-def test_each_shape_has_a_graph_of_its_own(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "uncaptured"), [(3, 0), (2, 10 - WARMUP - 1)])
+def test_each_shape_has_a_graph_of_its_own_while_there_is_room(
+    most: int, uncaptured: int, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MOST", most)
     run = tiny_run(model_execution="cuda_graph", task=Shapes(), steps=30)
     with pretend_gpu():
         run.task.prepare(GPU, None)
         eager = train(run.replace(model_execution="eager"), run.task, GPU, store)
         computed = counted(monkeypatch, run.task)
         graphed = train(run, run.task, GPU, store)
-    assert len(computed) == 3 * (WARMUP + 1) < run.steps and len(set(computed)) == 3
-    pd.testing.assert_frame_equal(graphed.tables["history"], eager.tables["history"], check_exact=True)
-
-
-def test_no_more_shapes_are_captured_than_memory_is_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST", 2)
-    run = tiny_run(model_execution="cuda_graph", task=Shapes(), steps=30)
-    with pretend_gpu():
-        run.task.prepare(GPU, None)
-        eager = train(run.replace(model_execution="eager"), run.task, GPU, store)
-        computed = counted(monkeypatch, run.task)
-        graphed = train(run, run.task, GPU, store)
-    assert len(computed) == 2 * (WARMUP + 1) + 10
+    assert len(computed) == 3 * (WARMUP + 1) + uncaptured and len(set(computed)) == 3
     pd.testing.assert_frame_equal(graphed.tables["history"], eager.tables["history"], check_exact=True)
 
 
 def test_a_step_is_timed_by_batches_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Shapes, "one_shape", False)
     run = tiny_run(model_execution="cuda_graph", task=Shapes(), steps=30)
     with pretend_gpu():
         run.task.prepare(GPU, None)
@@ -159,7 +151,7 @@ def test_gradients_are_those_of_the_batch_and_replace_what_was_there() -> None:
         there.load_state_dict(here.state_dict())
         there.to(GPU)
         frozen = there[0].bias.requires_grad_(False)
-        graphs = Graphs(passes_over(there), there, lambda batch: (), "here")
+        graphs = Graphs(passes_over(there), there, "here")
         plain = passes_over(here)
         for _ in range(WARMUP + 3):
             x, y = torch.randn(5, 3), torch.randn(5, 1)
